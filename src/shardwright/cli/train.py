@@ -1,0 +1,29 @@
+"""`shardwright train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shardwright.cli.recipe import Overrides, Recipe
+
+
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Where the run is written; default: a new directory in runs/.")
+    ] = None,
+) -> None:
+    """Train a recipe's model.
+
+    The ranks are started on this machine, or joined where torchrun or srun started them.
+
+    \b
+    Example: shardwright train recipes/quickstart.toml parallel.dp=2 train.steps=50
+    """
+    from shardwright.train import run
+
+    raise typer.Exit(run.train(recipe, overrides or [], run_dir))

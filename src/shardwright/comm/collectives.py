@@ -1,0 +1,120 @@
+"""The few verbs: each names its tensor, its axis and its reason, is counted, and returns a handle.
+
+Note: direct exchange. gloo's all-gather and reduce-scatter cost two to three times what the same bytes cost as
+messages from rank to rank (measured in docs/performance.md), so on CPUs these two verbs post sends and receives
+between all pairs. The bytes are those of the ring, every rank is at work at once, and summation happens in rank order at
+the owner, so that results do not depend on timing. On CUDA the verbs are NCCL's own, in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwright.comm.mesh import Axis
+
+
+class Handle(Protocol):
+    """A transfer under way. `wait` returns when its result may be read, and its input written."""
+
+    def wait(self) -> None:
+        """Finish the transfer."""
+        ...
+
+
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+DONE: Handle = _Done()
+"""The handle of what has nothing to wait for."""
+
+
+class _Pending:
+    def __init__(self, works: list[dist.Work], finish: Callable[[], None] | None = None) -> None:
+        self._works, self._finish = works, finish
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        if self._finish is not None:
+            self._finish()
+        self._works, self._finish = [], None
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def share(tensor: Tensor, axis: Axis, index: int) -> Tensor:
+    """The part of a flat tensor that belongs to one position of an axis; the degree must divide its length."""
+    length = tensor.numel() // axis.degree
+    return tensor[index * length : (index + 1) * length]
+
+
+def _posted(work: dist.Work | None) -> dist.Work:
+    assert work is not None, "this rank is not in the group"
+    return work
+
+
+def _others(axis: Axis) -> list[int]:
+    """Positions of the other ranks, starting after this one, so that no rank is everybody's first target."""
+    return [(axis.index + step) % axis.degree for step in range(1, axis.degree)]
+
+
+def all_reduce(tensor: Tensor, axis: Axis, *, reason: str) -> Handle:
+    """Sum a tensor over an axis, in place; every rank gets bitwise the same result."""
+    if axis.group is None:
+        return DONE
+    axis.ledger.count("all_reduce", axis.name, reason, 2 * (axis.degree - 1) * _bytes(tensor) // axis.degree)
+    return _Pending([_posted(dist.all_reduce(tensor, group=axis.group, async_op=True))])
+
+
+def all_gather(whole: Tensor, axis: Axis, *, reason: str) -> Handle:
+    """Fill a flat tensor with every rank's share of it; each rank has its own in place."""
+    if axis.group is None:
+        return DONE
+    mine = share(whole, axis, axis.index)
+    axis.ledger.count("all_gather", axis.name, reason, (axis.degree - 1) * _bytes(mine))
+    if not axis.direct:
+        return _Pending([_posted(dist.all_gather_into_tensor(whole, mine, group=axis.group, async_op=True))])
+    works = []
+    for other in _others(axis):
+        works.append(_posted(dist.irecv(share(whole, axis, other), axis.ranks[other], group=axis.group)))
+        works.append(_posted(dist.isend(mine, axis.ranks[other], group=axis.group)))
+    return _Pending(works)
+
+
+def reduce_scatter(whole: Tensor, axis: Axis, *, reason: str) -> Handle:
+    """Sum a flat tensor over an axis, leaving in each rank's share of it the sum of that share.
+
+    The other shares keep their local values on CPUs and are undefined on CUDA.
+    """
+    if axis.group is None:
+        return DONE
+    mine = share(whole, axis, axis.index)
+    axis.ledger.count("reduce_scatter", axis.name, reason, (axis.degree - 1) * _bytes(mine))
+    if not axis.direct:
+        return _Pending([_posted(dist.reduce_scatter_tensor(mine, whole, group=axis.group, async_op=True))])
+    received = {other: torch.empty_like(mine) for other in _others(axis)}
+    works = []
+    for other, buffer in received.items():
+        works.append(_posted(dist.irecv(buffer, axis.ranks[other], group=axis.group)))
+        works.append(_posted(dist.isend(share(whole, axis, other), axis.ranks[other], group=axis.group)))
+
+    def add() -> None:
+        for other in sorted(received):
+            mine.add_(received[other])
+
+    return _Pending(works, add)
+
+
+def barrier(axis: Axis) -> None:
+    """Wait until every rank of an axis is here."""
+    if axis.group is not None:
+        dist.barrier(group=axis.group)

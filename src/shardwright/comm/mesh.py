@@ -1,0 +1,96 @@
+"""The mesh as a rank meets it: its coordinate, and one axis object per direction to communicate along."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from shardwright.comm.ledger import CommunicationLedger
+from shardwright.layout.mesh import DATA_AXES, Coordinate, Topology
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Ranks that differ along one direction of the mesh, and this rank's place among them.
+
+    `group` is None where the degree is 1: there is nobody to talk to, and every verb is the identity.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    index: int
+    group: dist.ProcessGroup | None
+    ledger: CommunicationLedger
+    direct: bool
+
+    @property
+    def degree(self) -> int:
+        """How many ranks."""
+        return len(self.ranks)
+
+
+class Groups:
+    """Process groups by their ranks, made once each.
+
+    Every rank must ask for the groups that it is in, in the same order as its fellow members.
+    """
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        self._timeout = timeout
+        self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def get(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        """The group of these global ranks, in this order."""
+        if ranks not in self._made:
+            # Local synchronisation: only members take part, so the cost does not grow with the world.
+            group = dist.new_group(list(ranks), timeout=self._timeout, use_local_synchronization=True)
+            assert isinstance(group, dist.ProcessGroup)
+            self._made[ranks] = group
+        return self._made[ranks]
+
+
+class Mesh:
+    """A topology laid over some ranks of the job, seen from this rank.
+
+    `ranks` maps the topology's numbering to the job's; by default they are the same. Two meshes can live in one
+    process: nothing here is global.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        device: torch.device,
+        *,
+        groups: Groups | None = None,
+        ranks: Sequence[int] | None = None,
+        rank: int | None = None,
+    ) -> None:
+        self.topology = topology
+        self.device = device
+        self.ledger = CommunicationLedger()
+        self._groups = groups if groups is not None else Groups()
+        self._ranks = tuple(ranks) if ranks is not None else tuple(range(topology.world_size))
+        if rank is None:
+            rank = dist.get_rank() if topology.world_size > 1 else self._ranks[0]
+        self.rank = self._ranks.index(rank)
+        self.coordinate: Coordinate = topology.coordinate(self.rank)
+        # gloo moves CPU tensors between two ranks much faster than its own gather and scatter do (see collectives.py).
+        self._direct = device.type == "cpu"
+        self.replicate = self.axis("replicate")
+        self.shard = self.axis("shard")
+        self.tp = self.axis("tp")
+        self.pp = self.axis("pp")
+        self.data = self.axis(*DATA_AXES)
+        self.world = self.axis(*topology.order)
+
+    def axis(self, *names: str) -> Axis:
+        """The ranks that differ from this one along the named axes, as one axis."""
+        members = self.topology.group(names, self.rank)
+        group = self._groups.get(tuple(self._ranks[m] for m in members)) if len(members) > 1 else None
+        title = "world" if len(names) == len(self.topology.order) else "x".join(names) or "none"
+        ranks = tuple(self._ranks[m] for m in members)
+        return Axis(title, ranks, members.index(self.rank), group, self.ledger, self._direct)

@@ -1,0 +1,137 @@
+"""A rank: it joins its world, runs the job's program, and tells why if it fails."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from shardwright.comm.board import Board
+from shardwright.comm.cause import Cause, is_echo
+from shardwright.comm.job import Job, Place, Source
+from shardwright.comm.stop import StopRequest, leave_now, listening
+from shardwright.comm.store import Store, world_store
+from shardwright.errors import RunError
+from shardwright.units import Seconds
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a program is told about the rank it runs on. Its world's default process group exists."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    stop: StopRequest
+    is_local: bool  # all ranks are on this machine, started by our launcher
+
+
+@contextmanager
+def joined(
+    place: Place, device: Literal["cpu", "cuda"], stop: StopRequest, store: Store, timeout: Seconds
+) -> Iterator[Worker]:
+    """This rank in its world: gloo on CPUs, NCCL on GPUs. The process group ends with the block, if that ends well.
+
+    After an exception it is left as it is: ending it could wait for ranks that will not answer.
+    """
+    own = rank_device(place, device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group(
+        backend="nccl" if own.type == "cuda" else "gloo",
+        store=store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=timeout),
+        device_id=own if own.type == "cuda" else None,  # connects now, and names the device of a barrier
+    )
+    is_local = place.source is Source.LOCAL
+    yield Worker(place.rank, place.local_rank, place.world_size, own, stop, is_local)
+    dist.destroy_process_group()
+
+
+def rank_device(place: Place, device: Literal["cpu", "cuda"]) -> torch.device:
+    """The device of this rank. Raises RunError where the machine has no GPU for it."""
+    if device == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    # srun may show each of its tasks one GPU of its own
+    index = 0 if place.source is Source.SRUN and count == 1 else place.local_rank
+    if index >= count:
+        raise RunError(
+            f"run.device: {place.local_world_size} ranks on this machine need a GPU each, and torch finds {count}",
+            f"start {count} ranks here, or set run.device = cpu" if count else "set run.device = cpu",
+        )
+    return torch.device("cuda", index)
+
+
+def serve(job: Job, place: Place, stop: StopRequest, store: Callable[[], Store]) -> None:
+    """Run the job's program as one rank of the world that meets in `store`."""
+    program = load_program(job.entry)
+    with joined(place, job.device, stop, store(), job.collective_timeout) as worker:
+        program(worker, job.arguments)
+
+
+def load_program(entry: str) -> Callable[[Worker, tuple[str, ...]], Any]:
+    """The function `main` of the module named `entry`."""
+    return importlib.import_module(entry).main
+
+
+def attend(job: Job, place: Place) -> int:
+    """Run the job as one rank of a world that torchrun or srun started, and return this process's exit code.
+
+    There is no launcher of ours: ranks tell each other through the world's store that one has failed, and the first
+    to fail prints its cause. A rank that fails, or learns that another has, does not return: its process ends with 1.
+    """
+    stop = StopRequest()
+    deadline = threading.Timer(job.grace_period, leave_now)
+    deadline.daemon = True
+
+    def take(number: signal.Signals) -> None:
+        if stop.requested:
+            leave_now(128 + number)
+        stop.request(number)
+        deadline.args = [stop.exit_code]
+        deadline.start()
+
+    _share_cores(place)
+    board = Board(place)
+
+    def store() -> Store:
+        world = world_store(place, job.collective_timeout)
+        board.open(job.collective_timeout)
+        return world
+
+    with listening(take):
+        try:
+            serve(job, place, stop, store)
+        except BaseException as error:
+            if stop.requested and is_echo(error):
+                leave_now(stop.exit_code)  # another rank left first
+            if not (isinstance(error, SystemExit) and not error.code):
+                board.fail(Cause.of_exception(place.rank, error))
+        board.close(job.collective_timeout)
+    deadline.cancel()
+    if stop.requested and place.rank == 0:
+        print(f"stopped by {stop.requested}", file=sys.stderr, flush=True)
+    return stop.exit_code
+
+
+def _share_cores(place: Place) -> None:
+    """Leave the other ranks of this machine their cores, unless someone has set or bound them already."""
+    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "sched_getaffinity"):
+        return
+    cores = len(os.sched_getaffinity(0))
+    if cores == os.cpu_count():
+        torch.set_num_threads(max(1, cores // place.local_world_size))

@@ -1,0 +1,23 @@
+"""The matrix product every layer is made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shardwright.nn.parameters import Declaration
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, with W [outputs, inputs]; may fuse several global tensors by rows (see `Declaration`)."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, declaration: Declaration) -> None:
+        super().__init__()
+        self.declaration = declaration
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] to [..., outputs]."""
+        return F.linear(x, self.weight, self.bias)

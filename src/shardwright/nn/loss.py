@@ -1,0 +1,87 @@
+"""Note: the head and the cross-entropy are one operation, computed in chunks of tokens.
+
+The logits of a microbatch are its largest tensor (tokens x vocabulary) and are needed for a moment only. A chunk's
+logits become the loss, then their own gradient in place, then the gradients of the hidden states and of the weight,
+and are gone: three matrix products, as many as without chunks, and no logits kept for the backward. The backward has
+only to scale. (The idea is that of Liger's fused linear cross-entropy, Hsu et al. 2024.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shardwright.data.batch import IGNORED
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+
+
+def chunk_tokens(vocab: int, device_type: str) -> int:
+    """Tokens whose logits are held at once."""
+    return max(64, _CHUNK_ELEMENTS.get(device_type, 1 << 27) // vocab)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # Chunks are summed in at least fp32: in bf16 the sum would lose bits that one product keeps.
+        accumulate = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight = None
+        total = torch.zeros((), dtype=accumulate, device=hidden.device)
+        step = chunk_tokens(weight.shape[0], hidden.device.type)
+        for begin in range(0, len(hidden), step):
+            h, t = hidden[begin : begin + step], targets[begin : begin + step]
+            loss, grad_logits = _chunk_loss(h @ weight.T, t, needs_hidden or needs_weight)
+            total += loss
+            if grad_logits is None:
+                continue
+            grad_logits = grad_logits.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[begin : begin + step])
+            if needs_weight:
+                grad_weight = _add_product(grad_weight, grad_logits.T, h)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor):  # type: ignore[override]
+        def scaled(grad: Tensor | None) -> Tensor | None:
+            return None if grad is None else grad * grad_total.to(grad.dtype)
+
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return scaled(grad_hidden), scaled(grad_weight), None
+
+
+def _chunk_loss(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The sum of -log p(target) over a chunk, and the gradient of that sum by the logits, in their place."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counted = targets != IGNORED
+    index = targets.clamp(min=0).unsqueeze(1)
+    at_target = logits.gather(1, index).squeeze(1)
+    log_sum = torch.logsumexp(logits, dim=1)
+    loss = torch.where(counted, log_sum - at_target, 0.0).sum()
+    if not needs_grad:
+        return loss, None
+    grad = logits.sub_(log_sum.unsqueeze(1)).exp_()
+    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+    return loss, grad.mul_(counted.unsqueeze(1))
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    if total is None:
+        return a @ b
+    if total.dtype == a.dtype and a.dtype in (torch.float32, torch.float64):
+        return total.addmm_(a, b)
+    return total.float().add_(a @ b)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The sum over targets of -log softmax(hidden W^T)[target], a scalar of at least fp32.
+
+    hidden [N, hidden], weight [vocab, hidden], targets int64 [N] with IGNORED (-1) where there is no loss.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[return-value]

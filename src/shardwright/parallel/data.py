@@ -1,0 +1,30 @@
+"""Data parallelism: who reduces gradients with whom.
+
+Ranks along the data axes see different sequences. A gradient is summed over both: scattered over the owners first (the
+`shard` axis, under ZeRO), then summed over the copies of each share. Without ZeRO nobody owns less than everything,
+and all data ranks are copies: the same rule with one owner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardwright.comm.mesh import Axis, Mesh
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """`owners` share one copy of the state; `copies` hold the same share of it."""
+
+    owners: Axis
+    copies: Axis
+
+    @staticmethod
+    def of(mesh: Mesh, owns_state: bool) -> DataParallel:
+        """The two axes of a mesh, for state that is owned in shares or by every rank alike."""
+        return DataParallel(mesh.shard, mesh.replicate) if owns_state else DataParallel(mesh.axis(), mesh.data)
+
+    @property
+    def degree(self) -> int:
+        """Ranks that see different data."""
+        return self.owners.degree * self.copies.degree

@@ -1,0 +1,225 @@
+"""A unit: parameters that are communicated together, in one flat buffer of which every owner has one contiguous range.
+
+Note: one rule, four stages. A ZeRO stage only says what a rank keeps between uses (`Stage`). The buffers, the owned
+range and the collectives are the same for all four: gradients are summed into their owner's range, owners update their
+range, owners' ranges are gathered into whole parameters. Parameters and gradients are views of the buffers, so the
+collectives need no copies. Where there is one owner its range is the whole buffer, and nothing is ever moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from shardwright.comm.collectives import DONE, Handle, all_gather, all_reduce, reduce_scatter, share
+from shardwright.layout.box import Piece
+from shardwright.layout.flat import FlatLayout, Slot
+from shardwright.nn.initial import fill
+from shardwright.optim.owned import OwnedTensor
+from shardwright.parallel.data import DataParallel
+from shardwright.parallel.zero.residency import Residency, Stage
+
+
+class Unit:
+    """Parameters, gradients and masters of some modules, kept as a ZeRO stage says.
+
+    Made from each parameter's (shape, pieces); `parameters` are the new ones, in the order of `layout.slots`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameters: Sequence[tuple[tuple[int, ...], tuple[Piece, ...]]],
+        stage: Stage,
+        data: DataParallel,
+        *,
+        dtype: torch.dtype,
+        grad_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.name, self.stage, self.data = name, stage, data
+        self.layout = FlatLayout.of(parameters, data.degree)
+        self.grad_dtype = grad_dtype
+        owners = data.owners
+        self.begin, self.end = self.layout.owned_range(owners.degree, owners.index)
+        # One owner owns everything, and whole and owned are the same memory.
+        self.shards_parameters = stage.owns_parameters and owners.degree > 1
+        self.shards_gradients = stage.owns_gradients and owners.degree > 1
+        self.whole = torch.zeros(self.layout.length, dtype=dtype, device=device)
+        self.residency = Residency.WHOLE
+        self._gathering: Handle = DONE
+        self.parameters = [self._view(slot) for slot in self.layout.slots]
+
+        mine = self.whole[self.begin : self.end]
+        self.owned_values = mine.clone() if self.shards_parameters else mine
+        master_dtype = torch.promote_types(dtype, torch.float32)
+        self.masters = self.owned_values if master_dtype == dtype else torch.zeros_like(mine, dtype=master_dtype)
+
+        self._whole_gradient: Tensor | None = None if self.shards_gradients else self._new_gradient()
+        self.owned_gradient = (
+            torch.zeros_like(mine, dtype=grad_dtype) if self._whole_gradient is None else self._owned(self._whole_gradient)
+        )
+        self._written = [False] * len(self.layout.slots)
+        self._owned_written = False
+        self._summing: Handle = DONE
+        self._scattering: Handle | None = None
+        self._scatter_is_last = False
+        if self.shards_parameters:
+            self.release()
+
+    def _view(self, slot: Slot) -> nn.Parameter:
+        """A parameter that is a view of the whole buffer. `.data` gives it a version counter of its own, so that
+        writing to the buffer between uses does not look to autograd like a change of what it saved."""
+        parameter = nn.Parameter(torch.empty(0, dtype=self.whole.dtype, device=self.whole.device))
+        parameter.data = self.whole[slot.start : slot.stop].view(slot.shape)
+        return parameter
+
+    def _owned(self, whole: Tensor) -> Tensor:
+        return share(whole, self.data.owners, self.data.owners.index)
+
+    @property
+    def owned_pieces(self) -> list[Piece]:
+        """The boxes of global tensors in this rank's range, starts counted from its beginning."""
+        return self.layout.owned_pieces(self.data.owners.degree, self.data.owners.index)
+
+    # Parameters
+
+    def initialise(self, seed: int) -> None:
+        """Fill the owned range by name and element index, then make the parameters whole where they rest so."""
+        for piece in self.owned_pieces:
+            fill(self.masters[piece.start : piece.stop], piece.box, seed)
+        self.publish()
+
+    def publish(self) -> None:
+        """After an update: the masters become parameters, here and wherever they rest whole."""
+        if self.masters is not self.owned_values:
+            self.owned_values.copy_(self.masters)
+        if not self.shards_parameters:
+            self._gathering = all_gather(self.whole, self.data.owners, reason="zero/publish")
+            self.residency = Residency.GATHERING
+
+    def gather(self) -> None:
+        """Begin to make the parameters whole, if nobody has."""
+        if self.residency is not Residency.OWNED:
+            return
+        self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
+        self._owned(self.whole).copy_(self.owned_values)
+        self._gathering = all_gather(self.whole, self.data.owners, reason="zero/gather")
+        self.residency = Residency.GATHERING
+
+    def need(self) -> None:
+        """Return with whole parameters."""
+        self.gather()
+        if self.residency is Residency.GATHERING:
+            self._gathering.wait()
+            self._gathering, self.residency = DONE, Residency.WHOLE
+
+    def release(self) -> None:
+        """Keep the owned share alone, where the stage shards parameters. Their memory is freed in place: what autograd
+        saved stays valid and finds its values again after the next `gather`."""
+        if self.shards_parameters and self.residency is not Residency.OWNED:
+            self.need()
+            self.whole.untyped_storage().resize_(0)
+            self.residency = Residency.OWNED
+
+    # Gradients
+
+    def begin_step(self) -> None:
+        """Forget the last step's gradients; their memory is written over, not cleared."""
+        self._written = [False] * len(self.layout.slots)
+        self._owned_written = False
+
+    def _new_gradient(self) -> Tensor:
+        gradient = torch.empty(self.layout.length, dtype=self.grad_dtype, device=self.whole.device)
+        for begin, end in self.layout.gaps:
+            gradient[begin:end].zero_()
+        return gradient
+
+    def accumulate(self, index: int) -> None:
+        """Take the gradient that a backward left on the parameter in slot `index`: the first one of a step is written,
+        later ones are added."""
+        parameter, slot = self.parameters[index], self.layout.slots[index]
+        assert parameter.grad is not None
+        view = self._gradient_view(slot)
+        if self._written[index]:
+            view.add_(parameter.grad)
+        else:
+            view.copy_(parameter.grad)
+            self._written[index] = True
+        parameter.grad = None
+
+    def _gradient_view(self, slot: Slot) -> Tensor:
+        self.finish_scatter()  # the last microbatch's sum may still be under way in this memory
+        if self._whole_gradient is None:
+            self._whole_gradient = self._new_gradient()
+        return self._whole_gradient[slot.start : slot.stop].view(slot.shape)
+
+    def reduce(self, last: bool) -> None:
+        """Begin to sum the accumulated gradients into their owners; `last` ends the step's accumulation."""
+        self.finish_scatter()
+        for written, slot in zip(self._written, self.layout.slots, strict=True):
+            if not written:
+                self._gradient_view(slot).zero_()  # no gradient in this step, or in this microbatch, is zero
+        whole = self._whole_gradient
+        assert whole is not None
+        self._scattering = reduce_scatter(whole, self.data.owners, reason="zero/reduce")
+        self._scatter_is_last = last
+        if self._scattering is DONE:
+            self.finish_scatter()
+
+    def finish_scatter(self) -> None:
+        """Wait for the sum over the owners; at the step's end begin the sum over the copies."""
+        if self._scattering is None:
+            return
+        self._scattering.wait()
+        self._scattering = None
+        if self.shards_gradients:
+            assert self._whole_gradient is not None
+            mine = self._owned(self._whole_gradient)
+            if self._owned_written:
+                self.owned_gradient.add_(mine)
+            else:
+                self.owned_gradient.copy_(mine)
+            self._owned_written, self._whole_gradient = True, None
+            self._written = [False] * len(self.layout.slots)
+        if self._scatter_is_last:
+            self._summing = all_reduce(self.owned_gradient, self.data.copies, reason="data/reduce")
+
+    def finish_reduction(self) -> None:
+        """Return with the owned gradient complete and no transfer under way that an update could disturb."""
+        self.finish_scatter()
+        self._summing.wait()
+        self._summing = DONE
+        if self.residency is Residency.GATHERING:
+            self.need()
+
+    def owned_tensor(self) -> OwnedTensor:
+        """What the optimizer updates."""
+        decayed = min(max(self.layout.decayed - self.begin, 0), self.end - self.begin)
+        return OwnedTensor(self.name, self.masters, self.owned_gradient, decayed)
+
+    def counted_gradient(self) -> Tensor:
+        """The part of the owned gradient that this rank counts in the norm: copies divide it among themselves."""
+        return share(self.owned_gradient, self.data.copies, self.data.copies.index)
+
+    # Ledger
+
+    def resident(self) -> dict[str, list[Tensor]]:
+        """Live tensors by category, each memory once."""
+        found: dict[str, list[Tensor]] = {"parameters": [], "gradients": [], "optimizer": [], "communication": []}
+        if self.whole.untyped_storage().nbytes():
+            # Sharded parameters that are whole just now are a transfer's buffer, not a resting place.
+            found["communication" if self.shards_parameters else "parameters"].append(self.whole)
+        if self.shards_parameters:
+            found["parameters"].append(self.owned_values)
+        if self.masters is not self.owned_values:
+            found["optimizer"].append(self.masters)
+        if self.shards_gradients:
+            found["gradients"].append(self.owned_gradient)
+            if self._whole_gradient is not None:
+                found["communication"].append(self._whole_gradient)
+        elif self._whole_gradient is not None:
+            found["gradients"].append(self._whole_gradient)
+        return found

@@ -1,0 +1,48 @@
+"""A plan in a few lines, for people."""
+
+from __future__ import annotations
+
+from shardwright.plan.plan import Plan
+from shardwright.units import format_count
+
+_ZERO = {
+    0: "0: everything whole",
+    1: "1: optimizer state sharded",
+    2: "2: optimizer state and gradients sharded",
+    3: "3: optimizer state, gradients and parameters sharded",
+}
+
+
+def describe(plan: Plan) -> list[tuple[str, str]]:
+    """(label, value) lines: model, layout, batch, precision, ZeRO, decisions, warnings."""
+    model, mesh, train = plan.architecture, plan.topology, plan.spec.train
+    zero = plan.spec.parallel.zero
+    shards = f" over {mesh.shard} ranks" if zero and mesh.shard > 1 else ""
+    lines = [
+        (
+            "model",
+            f"{format_count(model.num_parameters)} parameters: {model.layers} layers, hidden {model.hidden}, "
+            f"{model.heads} heads ({model.kv_heads} kv), ffn {model.ffn}, vocab {model.vocab}",
+        ),
+        ("layout", f"{layout(plan)} on {plan.device}"),
+        (
+            "batch",
+            f"{train.global_batch_size} sequences of {plan.sequence_length} tokens = "
+            f"{format_count(plan.tokens_per_step)} tokens; {plan.num_microbatches} microbatches of "
+            f"{train.micro_batch_size} on each data rank",
+        ),
+        ("precision", f"{plan.dtype}, gradients {plan.grad_dtype}"),
+        ("zero", _ZERO[zero] + shards),
+        ("train", f"{train.steps} steps of {train.optimizer}, lr {train.lr:g} {train.lr_schedule}"),
+    ]
+    if len(plan.layers_per_stage) > 1:
+        lines.insert(2, ("stages", " + ".join(map(str, plan.layers_per_stage)) + " layers"))
+    lines += [("decided", decision) for decision in plan.decisions]
+    return lines + [("warning", warning) for warning in plan.warnings]
+
+
+def layout(plan: Plan) -> str:
+    """The degrees in words: "4 ranks: dp 4 (replicate 2 x shard 2) x pp 1 x tp 1"."""
+    mesh = plan.topology
+    ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
+    return f"{ranks}: dp {mesh.dp} (replicate {mesh.replicate} x shard {mesh.shard}) x pp {mesh.pp} x tp {mesh.tp}"

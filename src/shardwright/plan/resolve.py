@@ -1,0 +1,189 @@
+"""Spec -> Plan: every "auto" decided, every contradiction refused with the nearest way out."""
+
+from __future__ import annotations
+
+from shardwright.errors import LayoutError, RecipeError
+from shardwright.plan.plan import Device, Plan
+from shardwright.plan.supported import check_supported
+from shardwright.plan.world import crossings, resolve_topology
+from shardwright.spec.architecture import Architecture, architecture_notes, nearest_divisors, resolve_architecture
+from shardwright.spec.parallel import ParallelSpec
+from shardwright.spec.spec import Spec
+from shardwright.spec.train import Dtype, TrainSpec
+
+
+def resolve(
+    spec: Spec,
+    *,
+    world_size: int | None,
+    device: Device,
+    native_bf16: bool,
+    tokenizer_vocab: int | None,
+    local_size: int | None = None,
+) -> Plan:
+    """The plan of a recipe on `world_size` ranks of `device`.
+
+    `world_size` None takes dp x pp x tp from the recipe, with dp = 1 where it says "auto". `tokenizer_vocab` is the
+    default of `model.vocab`. `local_size` is the number of ranks of a node; given, groups that cross nodes are warned
+    about. Raises RecipeError or LayoutError.
+    """
+    train = spec.train
+    architecture = resolve_architecture(
+        spec.model,
+        sequence_length=train.sequence_length,
+        tokenizer_vocab=tokenizer_vocab,
+        expected_vocab=spec.data.expected_vocab,
+    )
+    architecture.check_sequence_length(train.sequence_length)
+    _check_device(spec, device)
+    _check_schedule(train)
+    _check_heads(architecture, spec.parallel)
+    topology, decisions = resolve_topology(spec, world_size)
+    num_microbatches = _num_microbatches(train, topology.dp)
+    layers_per_stage = _split_layers(architecture.layers, spec.parallel)
+    dtype, grad_dtype, notes, warnings = _dtypes(train, device, native_bf16)
+    check_supported(spec)
+    if spec.run.device == "auto":
+        notes.insert(0, f"run.device = {device}: what this machine has")
+    if spec.model.vocab is None and architecture.vocab == (tokenizer_vocab or spec.data.expected_vocab):
+        notes.append(f"model.vocab = {architecture.vocab}: the tokenizer's")
+    return Plan(
+        spec=spec,
+        architecture=architecture,
+        topology=topology,
+        world_size=topology.world_size,
+        device=device,
+        dtype=dtype,
+        grad_dtype=grad_dtype,
+        sequence_length=train.sequence_length,
+        num_microbatches=num_microbatches,
+        layers_per_stage=layers_per_stage,
+        decisions=(*decisions, *notes, *_stage_notes(spec.parallel, layers_per_stage)),
+        warnings=(*warnings, *architecture_notes(spec.model), *(crossings(topology, local_size) if local_size else ())),
+    )
+
+
+def _check_device(spec: Spec, device: Device) -> None:
+    if spec.run.device not in ("auto", device):
+        raise RecipeError(
+            f"run.device: {spec.run.device} was asked for, and the ranks run on {device}",
+            f'what works: run.device = "auto" or "{device}"',
+        )
+
+
+def _check_schedule(train: TrainSpec) -> None:
+    """Warmup, and wsd's decay, fit into the steps."""
+    if train.lr_schedule == "constant":
+        return
+    decay = round(train.decay_fraction * train.steps) if train.lr_schedule == "wsd" else 0
+    if train.warmup_steps + decay > train.steps:
+        beside = f" beside {decay} steps of decay" if decay else ""
+        raise RecipeError(
+            f"train.warmup_steps: {train.warmup_steps} do not fit into train.steps = {train.steps}{beside}",
+            f"nearest that works: warmup_steps = {max(train.steps - decay, 0)}",
+        )
+
+
+def _check_heads(architecture: Architecture, parallel: ParallelSpec) -> None:
+    heads, tp = architecture.heads, parallel.tp
+    if heads % tp:
+        raise LayoutError(
+            f"parallel.tp: {tp} does not divide model.heads = {heads}",
+            f"nearest that works: tp = {nearest_divisors(heads, tp)}",
+        )
+
+
+def _num_microbatches(train: TrainSpec, dp: int) -> int:
+    """Microbatches that one data rank sees in a step."""
+    batch, micro = train.global_batch_size, train.micro_batch_size
+    if batch % (dp * micro) == 0:
+        return batch // (dp * micro)
+    below = batch // (dp * micro) * dp * micro
+    ways = ["train.global_batch_size = " + " or ".join(str(size) for size in (below, below + dp * micro) if size)]
+    if batch % micro == 0 and (others := nearest_divisors(batch // micro, dp)):
+        ways.append(f"parallel.dp = {others}")
+    raise LayoutError(
+        f"train.global_batch_size: {batch} is not divisible by dp x train.micro_batch_size = {dp} x {micro}",
+        f"nearest that works: {', or '.join(ways)}",
+    )
+
+
+def _split_layers(layers: int, parallel: ParallelSpec) -> tuple[int, ...]:
+    """Layers of each virtual stage in the order of the model."""
+    virtual, schedule = parallel.virtual_stages, parallel.pipeline_schedule
+    if schedule == "zbv" and virtual != 2:
+        raise LayoutError(
+            f"parallel.virtual_stages: {virtual}, but zbv places two stages on each rank", "what works: 2"
+        )
+    if schedule not in ("zbv", "interleaved") and virtual != 1:
+        raise LayoutError(
+            f"parallel.virtual_stages: {virtual}, but {schedule} places one stage on each rank",
+            'what works: virtual_stages = 1, or pipeline_schedule = "interleaved"',
+        )
+    count = parallel.pp * virtual
+    if layers < count:
+        raise LayoutError(
+            f"parallel.pp: {parallel.pp} x {virtual} virtual stages are more than model.layers = {layers}",
+            f"nearest that works: pp = {layers // virtual}" if layers >= virtual else "give model.layers more",
+        )
+    if parallel.stages == "auto":
+        return tuple(layers // count + (stage < layers % count) for stage in range(count))
+    _check_stages(parallel.stages, layers, count)
+    return parallel.stages
+
+
+def _check_stages(stages: tuple[int, ...], layers: int, count: int) -> None:
+    shown = list(stages)
+    even = [layers // count + (stage < layers % count) for stage in range(count)]
+    if len(stages) != count:
+        raise LayoutError(
+            f"parallel.stages: {shown} names {len(stages)} stages, but pp x virtual_stages = {count}",
+            f"what works: {count} numbers, e.g. stages = {even}",
+        )
+    if sum(stages) != layers:
+        raise LayoutError(
+            f"parallel.stages: {shown} adds up to {sum(stages)}, but model.layers = {layers}",
+            f"what works: numbers that add up to {layers}, e.g. stages = {even}",
+        )
+
+
+def _stage_notes(parallel: ParallelSpec, layers_per_stage: tuple[int, ...]) -> tuple[str, ...]:
+    if parallel.stages != "auto" or len(layers_per_stage) == 1:
+        return ()
+    return (f"parallel.stages = {list(layers_per_stage)}: as even as the layers divide",)
+
+
+def _dtypes(train: TrainSpec, device: Device, native_bf16: bool) -> tuple[Dtype, Dtype, list[str], list[str]]:
+    """The dtype of compute and of gradients; what was decided; what to warn about."""
+    decisions: list[str] = []
+    warnings: list[str] = []
+    dtype: Dtype = train.dtype if train.dtype != "auto" else "bf16" if native_bf16 else "fp32"
+    if train.dtype == "auto":
+        computes = "computes" if native_bf16 else "does not compute"
+        decisions.append(f"train.dtype = {dtype}: this {device} {computes} bf16 natively")
+    elif dtype == "bf16" and not native_bf16:
+        warnings.append(f"train.dtype = bf16: this {device} does not compute bf16 natively; fp32 may be faster")
+    grad_dtype = _grad_dtype(train, dtype)
+    if grad_dtype != train.grad_dtype:
+        decisions.append(f"train.grad_dtype = {grad_dtype}: gradients are no narrower than {dtype} compute")
+    return dtype, grad_dtype, decisions, warnings
+
+
+def _grad_dtype(train: TrainSpec, dtype: Dtype) -> Dtype:
+    """Gradients are at least as wide as compute, and fp64 only with fp64."""
+    asked = train.grad_dtype
+    if asked == "fp64" and dtype != "fp64":
+        raise RecipeError(
+            f"train.grad_dtype: fp64 goes with train.dtype = fp64, not with {dtype}",
+            'nearest that works: grad_dtype = "fp32"',
+        )
+    if dtype == "fp64" and asked == "fp32":
+        return "fp64"  # the default, so that train.dtype=fp64 alone asks for all of it
+    if asked == "bf16" and dtype != "bf16":
+        if train.dtype == "auto":
+            return dtype  # the recipe was written for a machine with bf16
+        raise RecipeError(
+            f"train.grad_dtype: bf16 is narrower than train.dtype = {dtype}",
+            f'nearest that works: grad_dtype = "{dtype}"',
+        )
+    return asked

@@ -1,0 +1,27 @@
+"""`[run]`: where the ranks run and how long they wait for one another."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from shardwright.spec.section import Count, SecondsText, Section
+from shardwright.units import Seconds, parse_seconds
+
+
+class RunSpec(Section):
+    """The processes of a run."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is a GPU
+    max_restarts: Count = 0
+    collective_timeout: SecondsText = "10 min"
+    grace_period: SecondsText = "30 s"  # between asking a rank to end and ending it
+
+    @property
+    def collective_timeout_seconds(self) -> Seconds:
+        """How long a rank waits for the others in one collective."""
+        return parse_seconds(self.collective_timeout, "run.collective_timeout")
+
+    @property
+    def grace_period_seconds(self) -> Seconds:
+        """How long a rank may take to end after it was asked to."""
+        return parse_seconds(self.grace_period, "run.grace_period")
