@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -69,12 +69,13 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading")
         yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
 
 
-def _content(prepared: PreparedData) -> dict[str, object]:
+def _content(prepared: PreparedData) -> dict[str, Any]:
     return dataclasses.asdict(prepared) | {"directory": str(prepared.directory)}
 
 

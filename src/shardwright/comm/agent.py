@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from subprocess import Popen
+from subprocess import Popen, TimeoutExpired
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -157,8 +157,10 @@ class Agent(LocalElasticAgent):
         for process in running:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # each rank leads a session, and so a group, of its own
+        deadline = time.monotonic() + SETTLE
         for process in running:
-            process.wait()
+            with suppress(TimeoutExpired):  # asleep in the kernel: the agent waits longer, and reports it
+                process.wait(max(0.0, deadline - time.monotonic()))
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         self._kill()

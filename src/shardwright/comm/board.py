@@ -31,13 +31,18 @@ class Board:
 
     def __init__(self, place: Place) -> None:
         self._place = place
+        self._world: Store | None = None
         self._store: Store | None = None
         self._closing = threading.Event()
         self._processes: dict[int, int] = {}  # of the other ranks of this machine, as they become known
         self._watcher = threading.Thread(target=self._watch, name="board", daemon=True)
 
-    def open(self, timeout: Seconds) -> None:
-        """Connect to the store, which exists by now, and start to watch."""
+    def open(self, world: Store, timeout: Seconds) -> None:
+        """Connect to the server behind the store `world`, and start to watch.
+
+        The server would end with the process group, where nothing else holds it: the board does until it closes.
+        """
+        self._world = world
         store = board_store(self._place, timeout)
         store.set(f"process-{self._place.rank}", f"{_machine()} {os.getpid()}")
         self._store = store

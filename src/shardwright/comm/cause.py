@@ -85,7 +85,7 @@ class Cause:
 def is_echo(error: BaseException | None) -> bool:
     """Whether the exception, or one that it came from, is the loss of another rank."""
     while error is not None:
-        if isinstance(error, RuntimeError | OSError) and _ECHO.search(str(error)):
+        if isinstance(error, RuntimeError) and _ECHO.search(str(error)):
             return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False

@@ -118,3 +118,18 @@ def barrier(axis: Axis) -> None:
     """Wait until every rank of an axis is here."""
     if axis.group is not None:
         dist.barrier(group=axis.group)
+
+
+def broadcast_text(text: str | None, axis: Axis, device: torch.device) -> str:
+    """The text of an axis's first rank, on every rank; the others pass None."""
+    if axis.group is None:
+        assert text is not None
+        return text
+    content = (text or "").encode()
+    length = torch.tensor(len(content), device=device)
+    dist.broadcast(length, axis.ranks[0], group=axis.group)
+    buffer = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if axis.index == 0:
+        buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    dist.broadcast(buffer, axis.ranks[0], group=axis.group)
+    return bytes(buffer.cpu().tolist()).decode()

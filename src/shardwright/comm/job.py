@@ -37,7 +37,7 @@ class Source(StrEnum):
     """Who started this rank."""
 
     LOCAL = "shardwright"
-    TORCHRUN = "torchrun"
+    TORCHRUN = "torchrun"  # or whoever sets the same variables
     SRUN = "srun"
 
 
@@ -53,11 +53,7 @@ class Place:
     address: str = "127.0.0.1"
     port: int = 0
     attempt: int = 0
-
-    @property
-    def hosts_store(self) -> bool:
-        """Whether the store of the job lives in this process and dies with it (torchrun's lives in its agent)."""
-        return self.source is Source.SRUN and self.rank == 0
+    hosts_store: bool = False  # the store of the world lives in this process (torchrun's lives in its agent)
 
 
 def found_job(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -78,10 +74,11 @@ def _torchrun(environment: Mapping[str, str]) -> Place:
         local_rank=_number(environment, "LOCAL_RANK"),
         world_size=_number(environment, "WORLD_SIZE"),
         local_world_size=_number(environment, "LOCAL_WORLD_SIZE", environment["WORLD_SIZE"]),
-        source=Source.TORCHRUN if "TORCHELASTIC_RUN_ID" in environment else Source.SRUN,
+        source=Source.TORCHRUN,
         address=_text(environment, "MASTER_ADDR"),
         port=_number(environment, "MASTER_PORT"),
         attempt=_number(environment, "TORCHELASTIC_RESTART_COUNT", "0"),
+        hosts_store=environment["RANK"] == "0" and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
     )
 
 
@@ -119,6 +116,7 @@ def _srun(environment: Mapping[str, str]) -> Place:
         # Two jobs, or two steps of one job, that share a node must not meet: neighbouring steps are 97 ports apart.
         port=_number(environment, "MASTER_PORT", str(FIRST_PORT + (job + 97 * step) % NUM_PORTS)),
         attempt=_number(environment, "SLURM_RESTART_COUNT", "0"),
+        hosts_store=environment["SLURM_PROCID"] == "0",
     )
 
 

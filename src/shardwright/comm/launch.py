@@ -67,7 +67,7 @@ def launch(job: Job) -> int:
 def _tell(text: str) -> None:
     """Print to standard error, past the progress bar that a killed rank may have left on the terminal."""
     if sys.stderr.isatty():
-        sys.stderr.write("\x1b[?25h\n")  # show the cursor that rich hides
+        sys.stderr.write("\r\x1b[K\x1b[?25h")  # clear its line, show the cursor that it hid
     print(text, file=sys.stderr, flush=True)
 
 

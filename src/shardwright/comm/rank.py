@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import NoReturn
 
 from shardwright.comm.cause import Cause
 from shardwright.comm.folder import RunFolder
 from shardwright.comm.job import Place, Source
-from shardwright.comm.stop import StopRequest, leave_now, listening
-
-PR_SET_PDEATHSIG = 1
+from shardwright.comm.stop import StopRequest, follow_parent, leave_now, listening
 
 
 def main() -> None:
@@ -61,23 +56,6 @@ def _fail(folder: RunFolder, place: Place, error: BaseException) -> NoReturn:
     """Tell the cause, then leave: unwinding the process groups could wait for ranks that will not answer."""
     folder.write_cause(place.attempt, Cause.of_exception(place.rank, error))
     leave_now(1)
-
-
-def follow_parent(parent: int) -> None:
-    """End this process when the process `parent`, which started it, has ended, however that ended.
-
-    The kernel's own signal reaches a rank even inside C code. It needs Linux, and would come too late if the parent
-    has gone already; the thread covers both.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 if __name__ == "__main__":

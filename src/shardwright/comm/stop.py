@@ -1,4 +1,4 @@
-"""Being asked to stop: a flag that the training loop reads, and the thread that hears the signal.
+"""When a rank has to leave: asked by a signal, which the training loop reads as a flag, or left by its parent.
 
 Note: hearing a signal inside a collective. A Python signal handler runs in the main thread between two bytecodes,
 so it does not run while that thread waits inside gloo or NCCL. But the C-level handler underneath writes the
@@ -9,16 +9,19 @@ started before us (OpenBLAS's, say) cannot be chosen by the kernel to take the s
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -72,6 +75,23 @@ def leave_now(code: int) -> NoReturn:
         with suppress(OSError, ValueError):  # closed, or nobody reads it any more
             stream.flush()
     os._exit(code)
+
+
+def follow_parent(parent: int) -> None:
+    """End this process when the process `parent`, which started it, has ended, however that ended.
+
+    The kernel's own signal reaches a rank even inside C code. It needs Linux, and would come too late if the parent
+    has gone already; the thread covers both.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

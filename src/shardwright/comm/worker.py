@@ -19,7 +19,7 @@ import torch.distributed as dist
 from shardwright.comm.board import Board
 from shardwright.comm.cause import Cause, is_echo
 from shardwright.comm.job import Job, Place, Source
-from shardwright.comm.stop import StopRequest, leave_now, listening
+from shardwright.comm.stop import StopRequest, follow_parent, leave_now, listening
 from shardwright.comm.store import Store, world_store
 from shardwright.errors import RunError
 from shardwright.units import Seconds
@@ -105,12 +105,14 @@ def attend(job: Job, place: Place) -> int:
         deadline.args = [stop.exit_code]
         deadline.start()
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        follow_parent(os.getppid())  # torchrun's ranks are in sessions of their own too
     _share_cores(place)
     board = Board(place)
 
     def store() -> Store:
         world = world_store(place, job.collective_timeout)
-        board.open(job.collective_timeout)
+        board.open(world, job.collective_timeout)
         return world
 
     with listening(take):

@@ -141,8 +141,8 @@ def _existing(request: Request, out: Path, check: bool) -> PreparedData | None:
 
 def _build(request: Request, directory: Path, progress: Progress) -> None:
     """Bring the partial directory to the state that is renamed: a manifest, what it lists, and the lock."""
-    partial = Partial(directory, request.fingerprint)
-    if not is_prepared(directory):
+    if not _finished(request, directory):
+        partial = Partial(directory, request.fingerprint)
         tokenizer = _tokenizer(request, directory, progress)
         partial.restore(tokenizer.dtype)
         for part in _parts(request, partial.journal, progress):
@@ -157,6 +157,14 @@ def _build(request: Request, directory: Path, progress: Progress) -> None:
         if path.name not in keep:
             path.unlink()
     progress(request.sources.size, request.sources.size, "tokenizing")
+
+
+def _finished(request: Request, directory: Path) -> bool:
+    """Whether only the cleaning up and the renaming are missing."""
+    try:
+        return open_prepared(directory).fingerprint == request.fingerprint
+    except DataError:
+        return False
 
 
 def _tokenizer(request: Request, directory: Path, progress: Progress) -> Tokenizer:

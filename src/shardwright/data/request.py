@@ -61,7 +61,8 @@ class Request:
                     for text in (piece.prompt, piece.text):
                         data = text.encode()[: min(left, self._training_bytes(source, piece))]
                         left -= len(data)
-                        yield data.decode(errors="ignore")
+                        if data:
+                            yield data.decode(errors="ignore")
                 if left <= 0:
                     return
 

@@ -36,7 +36,6 @@ def resolve(
     )
     architecture.check_sequence_length(train.sequence_length)
     _check_device(spec, device)
-    _check_schedule(train)
     _check_heads(architecture, spec.parallel)
     topology, decisions = resolve_topology(spec, world_size)
     num_microbatches = _num_microbatches(train, topology.dp)
@@ -59,7 +58,12 @@ def resolve(
         num_microbatches=num_microbatches,
         layers_per_stage=layers_per_stage,
         decisions=(*decisions, *notes, *_stage_notes(spec.parallel, layers_per_stage)),
-        warnings=(*warnings, *architecture_notes(spec.model), *(crossings(topology, local_size) if local_size else ())),
+        warnings=(
+            *warnings,
+            *_schedule_warnings(train),
+            *architecture_notes(spec.model),
+            *(crossings(topology, local_size) if local_size else ()),
+        ),
     )
 
 
@@ -71,17 +75,13 @@ def _check_device(spec: Spec, device: Device) -> None:
         )
 
 
-def _check_schedule(train: TrainSpec) -> None:
-    """Warmup, and wsd's decay, fit into the steps."""
-    if train.lr_schedule == "constant":
-        return
+def _schedule_warnings(train: TrainSpec) -> tuple[str, ...]:
+    """A short run may end inside its warmup: odd, and fine for a first try."""
     decay = round(train.decay_fraction * train.steps) if train.lr_schedule == "wsd" else 0
-    if train.warmup_steps + decay > train.steps:
-        beside = f" beside {decay} steps of decay" if decay else ""
-        raise RecipeError(
-            f"train.warmup_steps: {train.warmup_steps} do not fit into train.steps = {train.steps}{beside}",
-            f"nearest that works: warmup_steps = {max(train.steps - decay, 0)}",
-        )
+    if train.warmup_steps + decay <= train.steps:
+        return ()
+    beside = f" beside {decay} steps of decay" if decay else ""
+    return (f"train.warmup_steps = {train.warmup_steps} do not fit into train.steps = {train.steps}{beside}",)
 
 
 def _check_heads(architecture: Architecture, parallel: ParallelSpec) -> None:
@@ -113,7 +113,8 @@ def _split_layers(layers: int, parallel: ParallelSpec) -> tuple[int, ...]:
     virtual, schedule = parallel.virtual_stages, parallel.pipeline_schedule
     if schedule == "zbv" and virtual != 2:
         raise LayoutError(
-            f"parallel.virtual_stages: {virtual}, but zbv places two stages on each rank", "what works: 2"
+            f"parallel.virtual_stages: {virtual}, but zbv places two stages on each rank",
+            "what works: virtual_stages = 2",
         )
     if schedule not in ("zbv", "interleaved") and virtual != 1:
         raise LayoutError(
@@ -124,7 +125,7 @@ def _split_layers(layers: int, parallel: ParallelSpec) -> tuple[int, ...]:
     if layers < count:
         raise LayoutError(
             f"parallel.pp: {parallel.pp} x {virtual} virtual stages are more than model.layers = {layers}",
-            f"nearest that works: pp = {layers // virtual}" if layers >= virtual else "give model.layers more",
+            "nearest that works: " + (f"pp = {layers // virtual}" if layers >= virtual else f"model.layers = {count}"),
         )
     if parallel.stages == "auto":
         return tuple(layers // count + (stage < layers % count) for stage in range(count))

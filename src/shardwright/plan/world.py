@@ -106,7 +106,7 @@ def crossings(topology: Topology, local_size: int) -> tuple[str, ...]:
             if len({member // local_size for member in group}) > 1:
                 degree = topology.degree(axis)
                 warnings.append(
-                    f"{field} = {degree}: groups cross nodes of {local_size} ranks, where they communicate most"
+                    f"{field} = {degree}: groups cross nodes of {local_size} ranks, where communication is slower"
                 )
                 break
     return tuple(warnings)

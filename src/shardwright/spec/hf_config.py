@@ -108,7 +108,7 @@ def _load(file: Path) -> Mapping[str, Any]:
 def _llama_like(config: _Config, family: str) -> dict[str, Any]:
     """Llama, Mistral, Qwen 2 and Qwen 3: RMSNorm, rotary positions, SwiGLU, grouped-query attention."""
     config.refuse_unless("hidden_act", ("silu", "swish"))
-    config.refuse_unless("partial_rotary_factor", (1, 1.0))
+    config.refuse_unless("partial_rotary_factor", (1.0,))
     hidden, heads = config.get("hidden_size", int), config.get("num_attention_heads", int)
     head_dim = config.get("head_dim", int, 128 if family == "qwen3" else None)
     rope = config.get("rope_parameters", dict, {})

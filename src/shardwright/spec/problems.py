@@ -81,6 +81,9 @@ def _describe(model: type[BaseModel], prefix: str, field: str, details: Sequence
     value = show(details[0]["input"])
     if "extra_forbidden" in kinds:
         return _unknown(model, prefix, field)
+    if kinds.keys() & {"too_short", "too_long"} or ("missing" in kinds and field.endswith("]")):
+        field = field.partition("[")[0]
+        return f"{field}: {value} has the wrong length", _example(model, prefix, field)
     if "missing" in kinds:
         return f"{field}: required, and not given", f"write it in [{field.rpartition('.')[0] or field}]"
     for detail in details:
@@ -93,8 +96,6 @@ def _describe(model: type[BaseModel], prefix: str, field: str, details: Sequence
         return f"{field}: {value} is out of range", f"it must be {', or '.join([*bounds, *_options(choices)])}"
     if "literal_error" in kinds and len(kinds) == 1:
         return f"{field}: {value} is not one of its choices", f"one of: {', '.join(_options(choices))}"
-    if kinds.keys() & {"too_short", "too_long"}:
-        return f"{field}: {value} has the wrong length", _example(model, prefix, field)
     expected = [_KINDS.get(kind, "valid here") for kind in kinds if kind != "literal_error"]
     return f"{field}: {value} is not {' or '.join([*expected, *_options(choices)])}", _example(model, prefix, field)
 

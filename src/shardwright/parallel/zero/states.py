@@ -173,6 +173,10 @@ class States:
         for unit in reversed(self.units):
             unit.finish_reduction()
         self._in_flight = []
+        return self.owned_tensors()
+
+    def owned_tensors(self) -> list[OwnedTensor]:
+        """What this rank updates, in the order of the blocks."""
         return [unit.owned_tensor() for unit in self.units]
 
     def initialise(self, seed: int) -> None:

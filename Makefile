@@ -1,0 +1,40 @@
+# make train   from nothing to a trained model: an environment in .venv, the install, then the quick start
+# make test    every test
+# make check   lint, format, types and the import direction
+# PYTHON=python3.12 chooses the interpreter (3.11 or newer) of a new environment.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: train test check clean
+
+train: $(VENV)/installed
+	$(BIN)/shardwright train recipes/quickstart.toml
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -q tests/architecture
+
+# The stamps are made last, so an interrupted install starts again.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than Python 3.11; try make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python tools/check_torch.py
+	$(INSTALL) hatchling editables
+	$(INSTALL) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,96 @@
+"""Before any rank trains: the recipe read, the data opened, the plan resolved, the directory made."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from shardwright.comm.machine import computes_bf16
+from shardwright.data.dataset import Dataset, open_dataset
+from shardwright.data.prepare import Progress as Report
+from shardwright.plan.plan import Plan
+from shardwright.plan.resolve import resolve
+from shardwright.plan.world import local_world_size
+from shardwright.spec.load import load
+from shardwright.spec.spec import Spec
+from shardwright.train.console import print_plan
+from shardwright.train.directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan and the directory of its run."""
+
+    plan: Plan
+    directory: RunDirectory
+
+
+def open_data(spec: Spec, vocab: int | None, progress: Report | None = None) -> Dataset:
+    """The dataset of a recipe, prepared on first use."""
+    return open_dataset(
+        corpus=spec.data.corpus if isinstance(spec.data.corpus, str) else list(spec.data.corpus),
+        tokenizer=spec.data.tokenizer,
+        sequence_length=spec.train.sequence_length,
+        validation_fraction=spec.data.validation_fraction,
+        seed=spec.train.seed,
+        vocab=vocab,
+        progress=progress,
+        separator=spec.data.separator or None,
+    )
+
+
+def prepare_run(
+    recipe: str, overrides: Sequence[str], run_dir: str | None, world_size: int | None, device: str
+) -> Prepared:
+    """Everything a run needs before its ranks start, checked in the order in which a user can mend it.
+
+    `world_size` None: as many ranks as the recipe asks for or this machine fills. Raises ShardwrightError.
+    """
+    spec = load(recipe, overrides)
+    if world_size is None:
+        world_size = local_world_size(spec, cores=num_cores(), gpus=torch.cuda.device_count())
+    if spec.data.corpus == "random":
+        _resolve(spec, world_size, device, spec.model.vocab)
+        vocab = None
+    else:
+        # Before the text is cut into tokens, which can take long: whatever is wrong with the layout shows already.
+        vocab = _open_showing_progress(spec).vocab
+    plan = _resolve(spec, world_size, device, vocab)
+    directory = RunDirectory.create(Path(run_dir) if run_dir else None, Path(recipe), plan)
+    print_plan(plan, directory)
+    return Prepared(plan, directory)
+
+
+def _resolve(spec: Spec, world_size: int, device: str, vocab: int | None) -> Plan:
+    own: str = "cuda" if device == "cuda" else "cpu"
+    return resolve(
+        spec,
+        world_size=world_size,
+        device=own,  # pyright: ignore[reportArgumentType]
+        native_bf16=computes_bf16(own),
+        tokenizer_vocab=vocab,
+        local_size=int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None,
+    )
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _open_showing_progress(spec: Spec) -> Dataset:
+    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("data", total=None, start=False)
+
+        def report(done: int, total: int, what: str) -> None:
+            bar.start_task(task)
+            bar.update(task, completed=done, total=total, description=what)
+
+        return open_data(spec, spec.model.vocab, report)

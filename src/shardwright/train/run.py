@@ -1,0 +1,35 @@
+"""`shardwright train`: start this machine's ranks, or join the job that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shardwright.comm.job import Job, found_job
+from shardwright.comm.launch import run
+from shardwright.comm.machine import default_device
+from shardwright.spec.load import load
+from shardwright.train.prepare import prepare_run
+
+_ENTRY = "shardwright.train.rank"
+
+
+def train(recipe: str, overrides: Sequence[str] = (), run_dir: str | None = None) -> int:
+    """Train a recipe and return the exit code. Raises ShardwrightError for what can be refused before ranks start."""
+    spec = load(recipe, overrides)
+    device = default_device() if spec.run.device == "auto" else spec.run.device
+    place = found_job()
+    if place is None:
+        prepared = prepare_run(recipe, overrides, run_dir, None, device)
+        world_size, arguments = prepared.plan.world_size, (str(prepared.directory.path), "", "")
+    else:
+        world_size, arguments = place.world_size, ("", recipe, run_dir or "", *overrides)
+    job = Job(
+        world_size=world_size,
+        entry=_ENTRY,
+        arguments=arguments,
+        device="cuda" if device == "cuda" else "cpu",
+        max_restarts=spec.run.max_restarts,
+        grace_period=spec.run.grace_period_seconds,
+        collective_timeout=spec.run.collective_timeout_seconds,
+    )
+    return run(job)
