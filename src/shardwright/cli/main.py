@@ -51,7 +51,7 @@ def _shardwright(
 def main() -> None:
     """Runs a command: exit code 2 and one `error:` for a ShardwrightError, 130 for Ctrl-C."""
     try:
-        app()
+        app(prog_name="shardwright")
     except ShardwrightError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

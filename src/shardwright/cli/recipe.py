@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a TOML file.", show_default=False)]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe: a TOML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="FIELD=VALUE", help="Fields over the recipe's, such as parallel.dp=2."),

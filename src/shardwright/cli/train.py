@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", help="Where the run is written; default: a new directory in runs/.")
+        str | None, typer.Option("--run-dir", help="Where the run is written; default: a new directory in runs/.")
     ] = None,
 ) -> None:
     """Train a recipe's model.

@@ -63,8 +63,8 @@ def _nearest_recipe(path: Path) -> str:
     """The recipe with the nearest name, in the folder asked for or else in recipes/ or here."""
     folders = [path if path.is_dir() else path.parent, Path("recipes"), Path()]
     files = [file for folder in reversed(folders) if folder.is_dir() for file in sorted(folder.glob("*.toml"))]
-    found = {file.name: file for file in files}
-    near = nearest(path.name, found, cutoff=0.5)
+    found = {file.stem: file for file in files if file.name != "pyproject.toml"}
+    near = nearest(path.stem, found)
     if near:
         return f"did you mean {found[near]}?"
     if found:
