@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import NewType
 
 from shardwright.errors import RecipeError
@@ -16,7 +17,7 @@ _SECONDS = {"ms": 1e-3, "s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0, "d": 864
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
-def _parse(text: str, units: dict[str, float], default: str, field: str, example: str) -> float:
+def _parse(text: str, units: Mapping[str, float], default: str, field: str, example: str) -> float:
     match = _QUANTITY.fullmatch(text)
     unit = match[2].lower() or default if match else ""
     if match is None or unit not in units:

@@ -147,6 +147,7 @@ def test_too_short(tmp_path):
         "  give more text, or train.sequence_length of at most 10"
     )
     load(str(path), validation_fraction=0, sequence_length=10)
+    assert "has 11 training tokens" in error(load, str(path), validation_fraction=0, sequence_length=11)
     path.write_text("0123456789" * 10)
     assert error(load, str(path)) == (
         "data.validation_fraction: 0.1 of x.txt is 10 tokens, fewer than train.sequence_length + 1 = 17\n"

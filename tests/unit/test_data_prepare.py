@@ -152,7 +152,10 @@ def test_the_split_is_a_function_of_names(tmp_path):
 def test_both_splits_have_a_document(tmp_path_factory, count, fraction, seed):
     base = tmp_path_factory.mktemp("split")
     records = [{"prompt": "p" * i, "completion": f"c{i}"} for i in range(count)]
-    prepared = run(str(jsonl(base / "x.jsonl", *records)), base / "out", fraction=fraction, seed=seed)
+    path = jsonl(base / "x.jsonl", *records)
+    if seed % 2:  # then no document is at position 0
+        path.write_text("\n" + path.read_text())
+    prepared = run(str(path), base / "out", fraction=fraction, seed=seed)
     got = {split: documents(prepared, split) for split in prepared.splits}
     assert got["train"] and got["validation"]
     assert sorted(got["train"] + got["validation"]) == sorted("p" * i + f"c{i}" for i in range(count))
@@ -166,6 +169,16 @@ def test_both_splits_have_a_document(tmp_path_factory, count, fraction, seed):
         if mask is not None:
             is_prompt = prepared.tokens(split) == ord("p")
             assert np.array_equal(mask == 0, is_prompt)
+
+
+def test_a_document_of_several_pieces_moves_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "PART_BYTES", 1)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.txt").write_text("first")
+    (tmp_path / "a" / "2.txt").write_text("a long line\n" * 100_000)  # 1.2 MB
+    prepared = run(str(tmp_path / "a"), tmp_path / "out", fraction=1e-9)
+    assert documents(prepared, "train") == ["first"]
+    assert documents(prepared, "validation") == ["a long line\n" * 100_000]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -369,6 +382,9 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     message = error(run, str(root), tmp_path / "file" / "out")
     assert "file" in message and "SHARDWRIGHT_CACHE" in message
+    (tmp_path / ".out.partial").write_text("in the way")
+    assert "Not a directory" in error(run, str(root), tmp_path / "out")
+    assert "/proc" in error(run, str(root), Path("/proc/nowhere/out"))
 
 
 # what the folder may import

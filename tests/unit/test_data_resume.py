@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from shardwright.data import partial, prepare
+from shardwright.data.file import write_text
 from shardwright.data.manifest import is_prepared, open_prepared
+from shardwright.errors import DataError
 
 WATCHED = ("prepare.py", "partial.py", "file.py", "manifest.py")
 
@@ -196,6 +198,37 @@ def test_unfinished_work_can_have_been_moved_on_to_disk_only_in_part(tmp_path, s
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+def test_a_cut_that_was_made_is_not_made_again(tmp_path, monkeypatch):
+    """Of a single document the validation split has no document, so it does not show that it was served."""
+    (tmp_path / "book.txt").write_text("0123456789" * 10)
+
+    def stop(*arguments):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_manifest", stop)
+        with pytest.raises(Stop):
+            run(tmp_path / "book.txt", tmp_path / "out", validation_fraction=0.2)
+    prepared = run(tmp_path / "book.txt", tmp_path / "out", validation_fraction=0.2)
+    assert [prepared.splits[split].tokens for split in ("train", "validation")] == [81, 20]
+
+
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    write_text(tmp_path / "file", "old")
+
+    def stop(*arguments):
+        raise Stop
+
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, stop)
+            with pytest.raises(Stop):
+                write_text(tmp_path / "file", "new")
+            assert (tmp_path / "file").read_text() == "old"
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+
+
 def test_at_once(tmp_path, small_parts, corpus, monkeypatch):
     """Of several that want the same, one prepares and the others wait and take it."""
     monkeypatch.setenv("SHARDWRIGHT_CACHE", str(tmp_path / "cache"))
@@ -223,6 +256,36 @@ def test_at_once(tmp_path, small_parts, corpus, monkeypatch):
     assert entry == prepare.prepared_dir(str(corpus), "bytes", 0.1, 0) == results[0].directory
     assert "lock" not in content(entry)
     open_prepared(entry).check()
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_at_once_many_times(tmp_path, monkeypatch, good):
+    """Short preparations, so that they end while others begin."""
+    monkeypatch.setenv("SHARDWRIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "short"}\n' + ("" if good else "{"))
+    start = threading.Barrier(8)
+    results = []
+
+    def ask():
+        for seed in range(20):
+            start.wait()
+            try:
+                prepare.ensure_prepared(str(path), "bytes", 0.0, seed)
+                results.append("prepared")
+            except DataError as error:
+                results.append(error.problem)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 160 and len(set(results)) == 1
+    assert results[0] == "prepared" if good else "line 2: not JSON" in results[0]
+    left = [entry.name for entry in (tmp_path / "cache" / "data").iterdir()]
+    assert len(left) == (20 if good else 0) and not [name for name in left if name.startswith(".")]
 
 
 def test_a_killed_holder_leaves_no_lock(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Inner
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from shardwright.data import piece
 from shardwright.data.dataset import check_vocab
@@ -90,6 +90,14 @@ def test_a_files_truncation_and_padding_are_ignored(tmp_path):
     assert tokenizer.encode("a b a b a").tolist() == [0, 1, 0, 1, 0]
 
 
+def test_a_file_that_adds_special_tokens_does_not(tmp_path):
+    inner = Inner.from_file(str(save_inner(tmp_path / "t.json", special=["</s>"])))
+    template = processors.TemplateProcessing(single="</s> $A </s>", special_tokens=[("</s>", 2)])
+    inner.post_processor = template  # pyright: ignore[reportAttributeAccessIssue]
+    inner.save(str(tmp_path / "t.json"))
+    assert load_tokenizer(str(tmp_path / "t.json")).encode("a b").tolist() == [0, 1]
+
+
 def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     tokenizer = load_tokenizer(str(save_inner(tmp_path / "t.json", [f"w{i}" for i in range(65536)], ["</s>"])))
     assert tokenizer.dtype == np.uint32 and tokenizer.encode("w65535").tolist() == [65535]
@@ -112,6 +120,7 @@ def test_cutting_at_a_good_place_keeps_the_tokens():
     cuts = {piece.cut(data, limit) for limit in range(100, 1000, 7)}
     assert len(cuts) > 10
     for at in cuts:
+        assert data[at - 1 : at] == b"\n" and not data[at - 2 : at - 1].isspace() and not data[at : at + 1].isspace()
         assert [*BPE.encode(data[:at].decode()), *BPE.encode(data[at:].decode())] == whole
 
 

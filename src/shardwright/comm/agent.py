@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
+from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -162,9 +163,9 @@ class Agent(LocalElasticAgent):
             with suppress(TimeoutExpired):  # asleep in the kernel: the agent waits longer, and reports it
                 process.wait(max(0.0, deadline - time.monotonic()))
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+    def _shutdown(self, *arguments: Any, **settings: Any) -> None:  # they differ between versions of torch
         self._kill()
-        super()._shutdown(death_sig, timeout)
+        super()._shutdown(*arguments, **settings)
 
 
 def _is_part_of_stopping(cause: Cause) -> bool:

@@ -2,8 +2,8 @@
 
 Note: direct exchange. gloo's all-gather and reduce-scatter cost two to three times what the same bytes cost as
 messages from rank to rank (measured in docs/performance.md), so on CPUs these two verbs post sends and receives
-between all pairs. The bytes are those of the ring, every rank is at work at once, and summation happens in rank order at
-the owner, so that results do not depend on timing. On CUDA the verbs are NCCL's own, in place.
+between all pairs. The bytes are those of the ring, every rank is at work at once, and the owner sums in the order of
+the ranks, so that results do not depend on timing. On CUDA the verbs are NCCL's own, in place.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Memory that the process keeps for reuse.
 
 Note: freed memory stays. glibc returns large blocks to the kernel at every free and gets fresh, unmapped pages at the
-next allocation; a training step then spends its time in page faults (activations, gathered parameters, received
-gradients: all are allocated and freed every step). Told to keep them, it reuses the same pages, as the caching allocator
+next allocation; a training step then spends time in page faults, for activations, gathered parameters and received
+gradients are all allocated and freed every step. Told to keep them, it reuses the same pages, as the caching allocator
 does on CUDA.
 """
 

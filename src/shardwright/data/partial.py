@@ -148,6 +148,14 @@ def clear(directory: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def discard(directory: Path) -> None:
+    """Remove a directory whose lock is held: the lock last, for from then on the directory may be someone else's."""
+    clear(directory)
+    (directory / LOCK).unlink()
+    with contextlib.suppress(OSError):  # it has been taken already
+        directory.rmdir()
+
+
 @contextlib.contextmanager
 def locked(directory: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Hold the directory, created if missing, against other processes; `waiting` is called before a wait.
@@ -155,8 +163,10 @@ def locked(directory: Path, waiting: Callable[[], None]) -> Iterator[None]:
     The lock ends with its process, however that ends. The file lies inside the directory and moves with it when it is
     renamed, so whoever waited for it then finds that it is no longer where it was, and takes a new one.
     """
+    directory.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory)
         try:
             descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:  # renamed away in between

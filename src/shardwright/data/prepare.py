@@ -7,7 +7,6 @@ to the journal. A document goes to the validation split by a seeded hash of its 
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +27,7 @@ from shardwright.data.manifest import (
     open_prepared,
     tokens_file,
 )
-from shardwright.data.partial import LOCK, Journal, Partial, locked
+from shardwright.data.partial import LOCK, Journal, Partial, discard, locked
 from shardwright.data.piece import Piece, read
 from shardwright.data.request import Request, make_request
 from shardwright.data.tokenizer import DESCRIPTION, LEARNED, Tokenizer, load_tokenizer
@@ -111,12 +110,12 @@ def _prepare_locked(request: Request, out: Path, progress: Progress, check: bool
     partial = out.with_name(f".{out.name}.partial")
     with locked(partial, lambda: progress(0, request.sources.size, "waiting for another preparation")):
         if found := _existing(request, out, check):  # it was completed while we waited
-            shutil.rmtree(partial)
+            discard(partial)
             return found
         try:
             _build(request, partial, progress)
         except DataError:
-            shutil.rmtree(partial)  # the same corpus would fail again
+            discard(partial)  # the same corpus would fail again
             raise
         os.rename(partial, out)
         (out / LOCK).unlink(missing_ok=True)
@@ -125,8 +124,10 @@ def _prepare_locked(request: Request, out: Path, progress: Progress, check: bool
 
 def _existing(request: Request, out: Path, check: bool) -> PreparedData | None:
     """What is at `out`, if it is what is asked for. Raises DataError if it is something else."""
+    # Asked in this order: it may appear, complete, at any time.
+    occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if not is_prepared(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if occupied:
             raise DataError(f"{out}: exists and is not prepared data", "name another directory, or remove it")
         return None
     (out / LOCK).unlink(missing_ok=True)  # left by a process that ended right after its rename

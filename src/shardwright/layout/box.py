@@ -72,7 +72,8 @@ class Box:
         if self.name != other.name:
             return None
         low = tuple(map(max, self.offset, other.offset))
-        high = tuple(min(a + s, b + t) for a, s, b, t in zip(self.offset, self.size, other.offset, other.size, strict=True))
+        ends = (tuple(map(sum, zip(box.offset, box.size, strict=True))) for box in (self, other))
+        high = tuple(map(min, *ends))
         if any(h <= o for o, h in zip(low, high, strict=True)):
             return None
         return Box(self.tensor, low, tuple(h - o for o, h in zip(low, high, strict=True)))

@@ -46,7 +46,7 @@ class Rotary(nn.Module):
         if key not in self._tables:
             positions = torch.arange(length, dtype=torch.float64, device="cpu")
             angles = torch.outer(positions, rotary_frequencies(self.architecture))[:, None]
-            self._tables[key] = tuple(table.to(like.device, like.dtype) for table in (angles.cos(), angles.sin()))
+            self._tables[key] = (angles.cos().to(like), angles.sin().to(like))
         return self._tables[key]
 
     def forward(self, x_BTHD: Tensor) -> Tensor:
@@ -80,6 +80,6 @@ class Attention(nn.Module):
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k = self.rotary(self.q_norm(q)), self.rotary(self.k_norm(k))
         attended = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=self.kv_heads != self.heads
+            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=self.kv_heads != self.heads
         )
         return self.out(attended.transpose(1, 2).flatten(2))

@@ -24,7 +24,7 @@ def _padding_share(layout: FlatLayout, begin: int, end: int) -> int:
 
 def measured_memory(runtime: Runtime, optimizer: Optimizer, *, transient: bool) -> MemoryRecord:
     """Bytes of the tensors that exist now. `transient` false leaves out what is under way, as after a step."""
-    totals = dict.fromkeys(("parameters", "gradients", "optimizer", "communication"), 0)
+    totals: dict[str, int] = {"parameters": 0, "gradients": 0, "optimizer": 0, "communication": 0}
     padding = 0
     for unit in runtime.states.units:
         resident = unit.resident()

@@ -11,7 +11,7 @@ from shardwright.cost.hardware import mfu
 from shardwright.data.batch import Batch
 from shardwright.data.dataset import Dataset
 from shardwright.errors import RunError
-from shardwright.optim.optimizers import AdamW, SGD
+from shardwright.optim.optimizers import SGD, AdamW
 from shardwright.optim.schedule import learning_rate
 from shardwright.parallel.compose import Runtime
 from shardwright.record.records import MemoryRecord, StepRecord, ValidationRecord
@@ -40,7 +40,7 @@ class Outcome:
     steps: int = 0
     skipped: int = 0
     stopped: bool = False
-    seconds: Seconds = Seconds(0.0)
+    seconds: float = 0.0
     first_validation: ValidationRecord | None = None
     last_validation: ValidationRecord | None = None
     memory: MemoryRecord | None = None
@@ -76,7 +76,7 @@ class TrainingLoop:
                 break
             if step + 1 == last or (self._every and (step + 1) % self._every == 0):
                 self._validate(step + 1)
-        self.outcome.seconds = Seconds(time.perf_counter() - began)
+        self.outcome.seconds = time.perf_counter() - began
         return self.outcome
 
     @property
@@ -156,4 +156,3 @@ def _diverged(result: StepResult, step: int, count: int) -> RunError:
         f"(loss {result.loss:g}, gradient norm {result.grad_norm:g}) and were skipped",
         "lower train.lr, lengthen train.warmup_steps, or use train.dtype = fp32",
     )
-

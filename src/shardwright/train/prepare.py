@@ -56,12 +56,11 @@ def prepare_run(
     spec = load(recipe, overrides)
     if world_size is None:
         world_size = local_world_size(spec, cores=num_cores(), gpus=torch.cuda.device_count())
-    if spec.data.corpus == "random":
-        _resolve(spec, world_size, device, spec.model.vocab)
-        vocab = None
-    else:
-        # Before the text is cut into tokens, which can take long: whatever is wrong with the layout shows already.
-        vocab = _open_showing_progress(spec).vocab
+    # Before the text is cut into tokens, which can take long, whatever is wrong with the layout shows already.
+    known = spec.model.vocab or spec.data.expected_vocab
+    if known is not None:
+        _resolve(spec, world_size, device, known)
+    vocab = None if spec.data.corpus == "random" else _open_showing_progress(spec).vocab
     plan = _resolve(spec, world_size, device, vocab)
     directory = RunDirectory.create(Path(run_dir) if run_dir else None, Path(recipe), plan)
     print_plan(plan, directory)

@@ -20,7 +20,7 @@ from torch import Tensor
 from shardwright.plan.plan import Plan
 from shardwright.verify.trace import Part, Trace
 
-KINDS = ("loss", "gradients", "parameters")
+KINDS: tuple[str, ...] = ("loss", "gradients", "parameters")
 BARS = {"fp64": 1e-10, "fp32": 5e-6}
 NOISE_FACTOR = 10.0
 """In a recipe's own precision, how many times the rounding noise a difference may be."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,11 +11,7 @@ from rich.table import Table
 from shardwright.plan.describe import layout
 from shardwright.plan.plan import Plan
 from shardwright.verify.compare import KINDS, Difference
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from shardwright.verify.run import Proof
+from shardwright.verify.proof import Proof
 
 
 def print_shrunk(plan: Plan, shrunk: list[str]) -> None:

@@ -125,6 +125,5 @@ def read_traces(folder: Path, world_size: int) -> list[Trace]:
             box = Box(tensor, tuple(row["offset"]), tuple(row["size"]))
             parts.append(Part(row["step"], row["kind"], box, rank, tensors[str(i)]))
         numbers = [[float("nan") if x is None else x for x in index[key]] for key in ("losses", "norms")]
-        traces.append(Trace(*numbers, parts))
+        traces.append(Trace(numbers[0], numbers[1], parts))
     return traces
-

@@ -1,17 +1,18 @@
 """All units of a rank, driven by the model's own forward and backward.
 
 Note: when things happen. A block's parameters are needed from its forward's beginning to its end, and from the moment
-the gradient of its output is known until the last gradient of its parameters has arrived. Hooks on the block and on its
-output say so; the model is not changed. Reductions start in one fixed order on every rank, the reverse of the blocks':
-a unit that is complete early waits for its turn, and one that autograd left open (a parameter without a gradient in this
-microbatch) is closed by the executor at the backward's end. So every rank issues the same collectives in the same order,
-whatever its data did.
+the gradient of its output is known until the last gradient of its parameters has arrived. Hooks on the block and on
+its output say so; the model is not changed. Reductions start in one fixed order on every rank, the reverse of the
+blocks': a unit that is complete early waits for its turn, and one that autograd left open (a parameter without a
+gradient in this microbatch) is closed by the executor at the backward's end. So every rank issues the same collectives
+in the same order, whatever its data did.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,22 +84,22 @@ class States:
 
     def _watch(self, blocks: Sequence[nn.Module]) -> None:
         for index, block in enumerate(blocks):
-            block.register_forward_pre_hook(lambda _m, _i, index=index: self._before_forward(index))
-            block.register_forward_hook(lambda _m, _i, output, index=index: self._after_forward(index, output))
+            block.register_forward_pre_hook(partial(self._before_forward, index))
+            block.register_forward_hook(partial(self._after_forward, index))
         for unit in self.units:
             for slot, parameter in enumerate(unit.parameters):
-                parameter.register_post_accumulate_grad_hook(lambda _p, unit=unit, slot=slot: self._arrive(unit, slot))
+                parameter.register_post_accumulate_grad_hook(partial(self._arrive, unit, slot))
 
-    def _before_forward(self, index: int) -> None:
+    def _before_forward(self, index: int, *_: Any) -> None:
         for unit in self._uses[index]:
             unit.need()
             self._active[unit] += 1
         self._prefetch(index + 1)
 
-    def _after_forward(self, index: int, output: Any) -> None:
+    def _after_forward(self, index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
         tensors = [t for t in _tensors(output) if t.requires_grad]
         for tensor in tensors:
-            tensor.register_hook(lambda _grad, index=index: self._before_backward(index))
+            tensor.register_hook(partial(self._before_backward, index))
         # The last block's backward follows its forward at once, so its parameters stay.
         stays = bool(tensors) and index == len(self._uses) - 1
         for unit in self._uses[index]:
@@ -106,7 +107,7 @@ class States:
             if not stays and self._active[unit] == 0 and (self.stage.per_microbatch or not tensors):
                 unit.release()
 
-    def _before_backward(self, index: int) -> None:
+    def _before_backward(self, index: int, _gradient: Tensor) -> None:
         for unit in self._uses[index]:
             unit.need()
         self._prefetch(index - 1)
@@ -116,7 +117,7 @@ class States:
             for unit in self._uses[index]:
                 unit.gather()
 
-    def _arrive(self, unit: Unit, slot: int) -> None:
+    def _arrive(self, unit: Unit, slot: int, _parameter: Tensor) -> None:
         if not self._in_backward:
             raise RuntimeError("a backward outside States.backward(): its gradients would not reach their owners")
         unit.accumulate(slot)
@@ -145,7 +146,7 @@ class States:
 
     @contextmanager
     def backward(self, last: bool) -> Iterator[None]:
-        """Encloses the backward of one microbatch; `last` is the step's last one, after which gradients are complete."""
+        """Encloses the backward of one microbatch; `last` is the step's last, after which gradients are complete."""
         self._last, self._in_backward = last, True
         self._arrived = {}
         reduces = last or (self.stage.owns_gradients and self.stage.per_microbatch)
@@ -235,10 +236,15 @@ def _refuse_frozen(model: nn.Module, pieces: dict[nn.Parameter, Any]) -> None:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             name = pieces[parameter][0].box.name
-            raise LayoutError(f"{name}: requires no gradient, and frozen parameters are not supported", "train it, or make it a buffer")
+            raise LayoutError(
+                f"{name}: requires no gradient, and frozen parameters are not supported",
+                "train it, or make it a buffer",
+            )
 
 
 def _refuse_outside(model: nn.Module, unit_of: dict[nn.Parameter, Unit]) -> None:
     for name, parameter in model.named_parameters():
         if parameter not in unit_of:
-            raise LayoutError(f"{name}: belongs to no block, so nobody would communicate it", "let blocks() cover every parameter")
+            raise LayoutError(
+                f"{name}: belongs to no block, so nobody would communicate it", "let blocks() cover every parameter"
+            )

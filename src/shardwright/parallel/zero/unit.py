@@ -58,9 +58,10 @@ class Unit:
         self.masters = self.owned_values if master_dtype == dtype else torch.zeros_like(mine, dtype=master_dtype)
 
         self._whole_gradient: Tensor | None = None if self.shards_gradients else self._new_gradient()
-        self.owned_gradient = (
-            torch.zeros_like(mine, dtype=grad_dtype) if self._whole_gradient is None else self._owned(self._whole_gradient)
-        )
+        if self._whole_gradient is None:
+            self.owned_gradient = torch.zeros_like(mine, dtype=grad_dtype)
+        else:
+            self.owned_gradient = self._owned(self._whole_gradient)
         self._written = [False] * len(self.layout.slots)
         self._owned_written = False
         self._summing: Handle = DONE
