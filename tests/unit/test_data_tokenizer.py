@@ -54,6 +54,16 @@ def test_bpe_knows_every_text(text):
 BPE = load_tokenizer("bpe:300", documents=TEXTS)
 
 
+def test_a_separator_that_is_spelled_out(tmp_path):
+    """In a corpus for our own BPE it is text, saved and loaded again too; for a tokenizer.json it is the token."""
+    BPE.save(tmp_path)
+    for tokenizer in (BPE, load_tokenizer(tmp_path)):
+        ids = tokenizer.encode("a<|endoftext|>b").tolist()
+        assert tokenizer.separator not in ids and tokenizer.decode(ids) == "a<|endoftext|>b"
+    ids = load_tokenizer(tmp_path / "tokenizer.json").encode("a<|endoftext|>b").tolist()
+    assert ids[1:2] == [BPE.separator] and len(ids) == 3
+
+
 def test_bpe_is_the_same_each_time(tmp_path):
     again = load_tokenizer("bpe:300", documents=TEXTS)
     assert isinstance(again, LearnedTokenizer) and isinstance(BPE, LearnedTokenizer)

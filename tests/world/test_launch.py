@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def listening_addresses(processes: list[int]) -> set[str]:
     inodes = set()
     for process in processes:
         for descriptor in Path(f"/proc/{process}/fd").iterdir():
-            inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+            with suppress(FileNotFoundError):  # closed meanwhile
+                inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
     addresses = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
@@ -218,7 +220,8 @@ def test_restart_recovers(launched) -> None:
 
 
 def torchrun(folder: Path, program: str) -> Run:
-    return Run(folder, program, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
+    options = ("--standalone", "--nproc-per-node=2", f"--log-dir={folder / 'logs'}")  # else it litters /tmp
+    return Run(folder, program, ("-m", "torch.distributed.run", *options))
 
 
 def test_joins_torchrun(folder: Path) -> None:

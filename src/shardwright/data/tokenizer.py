@@ -85,6 +85,9 @@ class LearnedTokenizer(Tokenizer):
         # A tokenizer.json may carry the truncation and padding of whoever saved it; a corpus is neither cut nor padded.
         inner.no_truncation()
         inner.no_padding()
+        # Ours has one special token, the separator, and a text that spells it out does not end there. In a
+        # tokenizer.json there may be many, and text prepared for it, like a chat's, is meant to spell them out.
+        inner.encode_special_tokens = bpe_size(spec) is not None
         self.inner = inner
         self.spec = spec
         self.separator_token = separator_token

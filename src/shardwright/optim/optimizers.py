@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -98,8 +99,13 @@ class SGD:
             )
 
 
-def make_optimizer(spec: TrainSpec) -> AdamW | SGD:
-    """The optimizer that `train.optimizer` names."""
-    if spec.optimizer == "sgd":
-        return SGD(spec.momentum, spec.weight_decay)
-    return AdamW((spec.betas[0], spec.betas[1]), spec.eps, spec.weight_decay)
+def make_optimizer(spec: TrainSpec, owned: Iterable[OwnedTensor] = ()) -> AdamW | SGD:
+    """The optimizer that `train.optimizer` names, with fresh state for these owned tensors."""
+    optimizer = (
+        SGD(spec.momentum, spec.weight_decay)
+        if spec.optimizer == "sgd"
+        else AdamW((spec.betas[0], spec.betas[1]), spec.eps, spec.weight_decay)
+    )
+    for tensor in owned:
+        optimizer.prepare(tensor)
+    return optimizer

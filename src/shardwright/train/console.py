@@ -19,9 +19,15 @@ from shardwright.units import format_bytes, format_seconds
 _LINES_WITHOUT_TERMINAL = 10
 
 
+def make_console() -> Console:
+    """Standard error; where it is no terminal, wide enough that no table is cut."""
+    console = Console(file=sys.stderr, highlight=False)
+    return console if console.is_terminal else Console(file=sys.stderr, highlight=False, width=120)
+
+
 def print_plan(plan: Plan, directory: RunDirectory) -> None:
     """The resolved plan, one line a fact."""
-    console = Console(file=sys.stderr, highlight=False)
+    console = make_console()
     table = Table.grid(padding=(0, 2))
     for label, value in [*describe(plan), ("run", str(directory.path))]:
         style = "yellow" if label == "warning" else "dim"
@@ -36,7 +42,7 @@ class ConsoleProgress:
     def __init__(self, plan: Plan) -> None:
         train = plan.spec.train
         self._total = min(train.steps, train.stop_after) if train.stop_after else train.steps
-        self._console = Console(file=sys.stderr, highlight=False)
+        self._console = make_console()
         self._live = self._console.is_terminal
         columns = (
             TextColumn("step {task.completed}/{task.total}"),
@@ -70,14 +76,14 @@ class ConsoleProgress:
 
 
 def print_summary(
-    plan: Plan,
+    recipe: str,
     directory: RunDirectory,
     outcome: Outcome,
     steps: Sequence[StepRecord],
     memory: Sequence[tuple[MemoryRecord, MemoryRecord]],
 ) -> None:
     """How the run went: losses, speed, memory estimated beside measured, where it is and what to do next."""
-    console = Console(file=sys.stderr, highlight=False)
+    console = make_console()
     console.print()
     first, last = outcome.first_validation, outcome.last_validation
     if first is not None and last is not None:
@@ -93,7 +99,6 @@ def print_summary(
         console.print(_memory_table(memory))
     state = "stopped early, as asked" if outcome.stopped else "complete"
     console.print(f"run {state}: {directory.path}  (steps.jsonl, validation.jsonl, plan.json, ranks/)")
-    recipe = "RECIPE"
     console.print(f"next: prove this layout with [bold]shardwright verify {recipe}[/]")
 
 
@@ -101,8 +106,8 @@ def _memory_table(memory: Sequence[tuple[MemoryRecord, MemoryRecord]]) -> Table:
     """Estimated and measured bytes per category, the worst rank first."""
     table = Table(box=None, padding=(0, 2), pad_edge=False, title_justify="left")
     table.title = "training state between microbatches"
-    for heading in ("rank", "", "parameters", "gradients", "optimizer", "transfers", "total", "of it padding"):
-        table.add_column(heading, justify="left" if heading in ("rank", "") else "right")
+    for heading in ("rank", "", "parameters", "gradients", "optimizer", "transfers", "total", "padding"):
+        table.add_column(heading, justify="left" if heading in ("rank", "") else "right", no_wrap=True)
     for estimated, measured in sorted(memory, key=lambda pair: -pair[1].total)[:4]:
         for record in (estimated, measured):
             columns = (record.parameters, record.gradients, record.optimizer, record.communication, record.total)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from shardwright.cost.hardware import mfu
-from shardwright.data.batch import Batch
 from shardwright.data.dataset import Dataset
 from shardwright.errors import RunError
 from shardwright.optim.optimizers import SGD, AdamW
 from shardwright.optim.schedule import learning_rate
 from shardwright.parallel.compose import Runtime
 from shardwright.record.records import MemoryRecord, StepRecord, ValidationRecord
+from shardwright.train.batches import rank_batch
 from shardwright.train.evaluate import evaluate
 from shardwright.train.ledger import measured_memory
 from shardwright.train.step import StepResult, train_step
@@ -85,7 +85,7 @@ class TrainingLoop:
 
     def _step(self, step: int) -> StepResult:
         plan, began = self.runtime.plan, time.perf_counter()
-        batch = rank_batch(self.runtime, self.dataset, step)
+        batch = rank_batch(self.runtime, self.dataset.train, step)
         lr = learning_rate(plan.spec.train, step)
         with self._measuring(step):
             result = train_step(self.runtime, self.optimizer, batch, lr, stop=self.stop_requested())
@@ -140,14 +140,6 @@ class _Measuring:
     def _take(self, transient: bool) -> None:
         loop = self._loop
         loop.outcome.memory = measured_memory(loop.runtime, loop.optimizer, transient=transient)
-
-
-def rank_batch(runtime: Runtime, dataset: Dataset, step: int) -> Batch:
-    """This rank's sequences of a step's global batch: a range of positions in the stream, cut by coordinate."""
-    size = runtime.plan.spec.train.global_batch_size
-    per_rank = size // runtime.mesh.topology.dp
-    first = step * size + runtime.mesh.topology.data_index(runtime.mesh.rank) * per_rank
-    return dataset.train.at(range(first, first + per_rank))
 
 
 def _diverged(result: StepResult, step: int, count: int) -> RunError:

@@ -32,8 +32,11 @@ class Prepared:
     directory: RunDirectory
 
 
-def open_data(spec: Spec, vocab: int | None, progress: Report | None = None) -> Dataset:
-    """The dataset of a recipe, prepared on first use."""
+def open_data(spec: Spec, vocab: int | None = None, progress: Report | None = None) -> Dataset:
+    """The dataset of a recipe, prepared on first use. `vocab` is for data.corpus = "random", which has none of its own.
+
+    Raises DataError.
+    """
     return open_dataset(
         corpus=spec.data.corpus if isinstance(spec.data.corpus, str) else list(spec.data.corpus),
         tokenizer=spec.data.tokenizer,
@@ -59,20 +62,21 @@ def prepare_run(
     # Before the text is cut into tokens, which can take long, whatever is wrong with the layout shows already.
     known = spec.model.vocab or spec.data.expected_vocab
     if known is not None:
-        _resolve(spec, world_size, device, known)
+        plan_for(spec, world_size, device, known)
     vocab = None if spec.data.corpus == "random" else _open_showing_progress(spec).vocab
-    plan = _resolve(spec, world_size, device, vocab)
+    plan = plan_for(spec, world_size, device, vocab)
     directory = RunDirectory.create(Path(run_dir) if run_dir else None, Path(recipe), plan)
     print_plan(plan, directory)
     return Prepared(plan, directory)
 
 
-def _resolve(spec: Spec, world_size: int, device: str, vocab: int | None) -> Plan:
-    own: str = "cuda" if device == "cuda" else "cpu"
+def plan_for(spec: Spec, world_size: int, device: str, vocab: int | None) -> Plan:
+    """The plan of a recipe on this many ranks of this kind of machine; `vocab` is the tokenizer's."""
+    own = "cuda" if device == "cuda" else "cpu"
     return resolve(
         spec,
         world_size=world_size,
-        device=own,  # pyright: ignore[reportArgumentType]
+        device=own,
         native_bf16=computes_bf16(own),
         tokenizer_vocab=vocab,
         local_size=int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None,

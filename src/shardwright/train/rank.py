@@ -13,6 +13,7 @@ from shardwright.comm.mesh import Mesh
 from shardwright.comm.worker import Worker
 from shardwright.cost.hardware import peak_flops
 from shardwright.data.dataset import Dataset
+from shardwright.errors import DataError
 from shardwright.layout.mesh import Topology
 from shardwright.optim.optimizers import make_optimizer
 from shardwright.parallel.compose import compose
@@ -44,7 +45,8 @@ class Records:
 
 
 def main(worker: Worker, arguments: tuple[str, ...]) -> None:
-    """Train as one rank. `arguments` are a run directory that is ready, or nothing and what `prepare_run` takes."""
+    """Train as one rank. `arguments`: a run directory that is ready or "", the recipe, and for a directory still to be
+    made the one asked for or "" and the overrides."""
     directory, recipe, run_dir, *overrides = arguments
     if directory:
         prepared = Prepared(RunDirectory(Path(directory)).read_plan(), RunDirectory(Path(directory)))
@@ -55,7 +57,18 @@ def main(worker: Worker, arguments: tuple[str, ...]) -> None:
         keep_freed_memory()
     dataset = open_data(plan.spec, plan.architecture.vocab)
     mesh = Mesh(plan.topology, worker.device)
-    _train(worker, prepared, dataset, mesh)
+    _check_same_data(dataset, mesh)
+    _train(worker, prepared, dataset, mesh, recipe)
+
+
+def _check_same_data(dataset: Dataset, mesh: Mesh) -> None:
+    """Machines with different texts under one name would train on a mixture, silently."""
+    first = broadcast_text(dataset.fingerprint if mesh.rank == 0 else None, mesh.world, mesh.device)
+    if dataset.fingerprint != first:
+        raise DataError(
+            f"data.corpus: rank {mesh.rank} reads other data than rank 0 (fingerprints {dataset.fingerprint}, {first})",
+            "put the corpus, or a directory made by `shardwright data prepare`, where all machines read the same",
+        )
 
 
 def _prepare_together(worker: Worker, recipe: str, run_dir: str, overrides: list[str]) -> Prepared:
@@ -69,12 +82,10 @@ def _prepare_together(worker: Worker, recipe: str, run_dir: str, overrides: list
     return Prepared(Plan.model_validate(told["plan"]), RunDirectory(Path(told["directory"])))
 
 
-def _train(worker: Worker, prepared: Prepared, dataset: Dataset, mesh: Mesh) -> None:
+def _train(worker: Worker, prepared: Prepared, dataset: Dataset, mesh: Mesh, recipe: str) -> None:
     plan, directory = prepared.plan, prepared.directory
     runtime = compose(plan, mesh)
-    optimizer = make_optimizer(plan.spec.train)
-    for owned in runtime.states.owned_tensors():
-        optimizer.prepare(owned)
+    optimizer = make_optimizer(plan.spec.train, runtime.states.owned_tensors())
     observers: list[Observer] = []
     records = progress = None
     if mesh.rank == 0:
@@ -96,7 +107,7 @@ def _train(worker: Worker, prepared: Prepared, dataset: Dataset, mesh: Mesh) -> 
     _write_ledgers(directory, runtime.mesh, plan, outcome)
     barrier(mesh.world)
     if records is not None:
-        print_summary(plan, directory, outcome, records.steps, _read_ledgers(directory, plan))
+        print_summary(recipe, directory, outcome, records.steps, _read_ledgers(directory, plan))
 
 
 def _device_name(device: torch.device) -> str:

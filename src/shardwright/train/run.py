@@ -20,7 +20,7 @@ def train(recipe: str, overrides: Sequence[str] = (), run_dir: str | None = None
     place = found_job()
     if place is None:
         prepared = prepare_run(recipe, overrides, run_dir, None, device)
-        world_size, arguments = prepared.plan.world_size, (str(prepared.directory.path), "", "")
+        world_size, arguments = prepared.plan.world_size, (str(prepared.directory.path), recipe, "")
     else:
         world_size, arguments = place.world_size, ("", recipe, run_dir or "", *overrides)
     job = Job(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -10,13 +9,14 @@ from rich.table import Table
 
 from shardwright.plan.describe import layout
 from shardwright.plan.plan import Plan
+from shardwright.train.console import make_console
 from shardwright.verify.compare import KINDS, Difference
 from shardwright.verify.proof import Proof
 
 
 def print_shrunk(plan: Plan, shrunk: list[str]) -> None:
     """What is proved, and what was made smaller for it."""
-    console = Console(file=sys.stderr, highlight=False)
+    console = make_console()
     zero = plan.spec.parallel.zero
     console.print(f"{layout(plan)}, zero {zero}, {plan.num_microbatches} microbatches, beside one device")
     if shrunk:

@@ -17,7 +17,8 @@ from shardwright.nn.initial import fill
 from shardwright.nn.parameters import pieces_of
 from shardwright.optim.schedule import learning_rate
 from shardwright.plan.plan import Plan
-from shardwright.verify.trace import Part, Trace, global_positions, samples_for
+from shardwright.train.batches import global_positions
+from shardwright.verify.trace import Part, Trace, samples_for
 
 
 def _microbatches(batch: Batch, size: int, backwards: bool) -> list[tuple[Tensor, Tensor]]:

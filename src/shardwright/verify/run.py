@@ -13,16 +13,14 @@ import torch
 
 from shardwright.comm.job import Job
 from shardwright.comm.launch import launch
-from shardwright.comm.machine import computes_bf16
 from shardwright.errors import LayoutError
 from shardwright.plan.describe import layout
 from shardwright.plan.plan import Plan
-from shardwright.plan.resolve import resolve
 from shardwright.plan.world import local_world_size
 from shardwright.record.store import write_json
 from shardwright.spec.load import load
 from shardwright.spec.spec import Spec
-from shardwright.train.prepare import num_cores
+from shardwright.train.prepare import num_cores, plan_for
 from shardwright.verify.console import print_report, print_shrunk
 from shardwright.verify.proof import Proof, prove
 from shardwright.verify.shrink import shrink
@@ -92,14 +90,8 @@ def _plan_for_proof(spec: Spec) -> tuple[Plan, list[str]]:
 
 
 def _resolve(spec: Spec, world_size: int, device: str) -> Plan:
-    own = "cuda" if device == "cuda" else "cpu"
-    return resolve(
-        spec,
-        world_size=world_size,
-        device=own,
-        native_bf16=computes_bf16(own),
-        tokenizer_vocab=spec.model.vocab or spec.data.expected_vocab or 509,
-    )
+    """A plan without a corpus: where the recipe alone does not tell the vocabulary, any will do."""
+    return plan_for(spec, world_size, device, spec.model.vocab or spec.data.expected_vocab or 509)
 
 
 def _in_dtype(plan: Plan, dtype: str) -> Plan:

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shardwright.comm.mesh import Mesh
-from shardwright.data.batch import Batch
 from shardwright.data.samples import RandomSamples
 from shardwright.layout.box import Box, GlobalTensor, Piece
 from shardwright.optim.optimizers import make_optimizer
@@ -18,6 +17,7 @@ from shardwright.optim.schedule import learning_rate
 from shardwright.parallel.compose import Runtime, compose
 from shardwright.plan.plan import Plan
 from shardwright.record.store import read_json, write_json
+from shardwright.train.batches import rank_batch
 from shardwright.train.step import train_step
 
 MAX_IGNORED = 0.4
@@ -50,19 +50,6 @@ def samples_for(plan: Plan) -> RandomSamples:
     return RandomSamples(plan.architecture.vocab, plan.sequence_length, plan.spec.train.seed, MAX_IGNORED)
 
 
-def global_positions(plan: Plan, step: int) -> range:
-    """Positions in the stream of a step's global batch, step 0 first."""
-    size = plan.spec.train.global_batch_size
-    return range(step * size, (step + 1) * size)
-
-
-def _rank_batch(plan: Plan, mesh: Mesh, samples: RandomSamples, step: int) -> Batch:
-    positions = global_positions(plan, step)
-    per_rank = len(positions) // mesh.topology.dp
-    first = mesh.topology.data_index(mesh.rank) * per_rank
-    return samples.at(positions[first : first + per_rank])
-
-
 def _parts(pieces: list[Piece], flat: Tensor, step: int, kind: str, rank: int) -> Iterator[Part]:
     for piece in pieces:
         values = flat[piece.start : piece.stop].detach().view(piece.box.size).to("cpu", copy=True)
@@ -72,9 +59,7 @@ def _parts(pieces: list[Piece], flat: Tensor, step: int, kind: str, rank: int) -
 def trace_layout(plan: Plan, mesh: Mesh, steps: int, runtime: Runtime | None = None) -> Trace:
     """Run `steps` steps of a plan on this rank of a mesh; the parts are those that the rank owns."""
     runtime = compose(plan, mesh) if runtime is None else runtime
-    optimizer = make_optimizer(plan.spec.train)
-    for owned in runtime.states.owned_tensors():
-        optimizer.prepare(owned)
+    optimizer = make_optimizer(plan.spec.train, runtime.states.owned_tensors())
     samples, trace = samples_for(plan), Trace()
 
     def take(step: int, kind: str) -> None:
@@ -84,7 +69,7 @@ def trace_layout(plan: Plan, mesh: Mesh, steps: int, runtime: Runtime | None = N
             trace.parts += _parts(unit.owned_pieces, flat, step, kind, mesh.rank)
 
     for step in range(steps):
-        batch = _rank_batch(plan, mesh, samples, step)
+        batch = rank_batch(runtime, samples, step)
         lr = learning_rate(plan.spec.train, step)
         result = train_step(
             runtime, optimizer, batch, lr, before_update=lambda _, step=step: take(step + 1, "gradients")
