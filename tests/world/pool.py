@@ -1,9 +1,9 @@
-"""One pool of gloo ranks for all world tests, and small plans to run on it: started once, lent to one test at a time, replaced when a test breaks it.
+"""One pool of gloo ranks for all world tests, and small plans to run on it.
 
-Starting processes, importing torch and connecting them costs seconds; a job on ranks that wait costs a millisecond. A
-job is an importable function: the first N ranks call it with their `Place` and the job's arguments. A failed or late
-job leaves ranks inside collectives that nobody will answer, so the whole pool is killed then, and the next job starts
-another.
+Starting processes, importing torch and connecting them costs seconds; a job on ranks that wait costs a millisecond. So
+the ranks are started once, lent to one test at a time, and replaced when a test breaks them. A job is an importable
+function: the first N ranks call it with their `Place` and the job's arguments. A failed or late job leaves ranks inside
+collectives that nobody will answer, so the whole pool is killed then, and the next job starts another.
 """
 
 from __future__ import annotations

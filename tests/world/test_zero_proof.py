@@ -14,6 +14,7 @@ from pool import SPLITS, TINY, Place, Pool, tiny_plan
 from shardwright.data.batch import IGNORED
 from shardwright.plan.plan import Plan
 from shardwright.verify.compare import BARS, KINDS, Comparison, compare
+from shardwright.verify.proof import prove
 from shardwright.verify.reference import trace_one_device
 from shardwright.verify.trace import Trace, read_traces, samples_for, trace_layout, write_trace
 
@@ -81,7 +82,7 @@ def layouts() -> list[Any]:
 def test_a_layout_computes_what_one_device_computes(
     pool: Pool, tmp_path: Path, dtype: str, zero: int, replicate: int, shard: int, count: int, pipeline: str
 ) -> None:
-    parallel = {"dp": replicate * shard, "dp_shard": shard, "zero": zero, "zero_pipeline": pipeline}
+    parallel = {"zero": zero, "zero_pipeline": pipeline}
     plan = tiny_plan(replicate, shard, count, parallel=parallel, train=SGD if dtype == "fp32" else {})
     assert plan.num_microbatches == count
     check(pool, plan, reference(dtype), tmp_path)
@@ -94,13 +95,12 @@ def test_a_layout_computes_what_one_device_computes(
 def test_every_kind_of_architecture(
     pool: Pool, tmp_path: Path, variant: str, zero: int, replicate: int, shard: int, count: int
 ) -> None:
-    parallel = {"dp": replicate * shard, "dp_shard": shard, "zero": zero}
-    plan = tiny_plan(replicate, shard, count, parallel=parallel, model=TINY | VARIANTS[variant])
+    plan = tiny_plan(replicate, shard, count, parallel={"zero": zero}, model=TINY | VARIANTS[variant])
     check(pool, plan, reference("fp64", variant), tmp_path)
 
 
 def test_owned_ranges_cut_through_rows(pool: Pool, tmp_path: Path) -> None:
-    plan = tiny_plan(1, 3, parallel={"dp": 3, "dp_shard": 3, "zero": 3}, model=TINY | VARIANTS["odd"])
+    plan = tiny_plan(1, 3, parallel={"zero": 3}, model=TINY | VARIANTS["odd"])
     traces = traces_of(pool, plan, tmp_path)
     boxes = [part.box for part in traces[0].parts if len(part.box.tensor.shape) == 2]
     assert any(box.size[1] < box.tensor.shape[1] for box in boxes)
@@ -109,7 +109,7 @@ def test_owned_ranges_cut_through_rows(pool: Pool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", ["shard,tp,pp,replicate", "tp,shard,replicate,pp"])
 @pytest.mark.parametrize("zero", [1, 3])
 def test_ranks_numbered_in_another_order(pool: Pool, tmp_path: Path, order: str, zero: int) -> None:
-    plan = tiny_plan(2, 2, 2, parallel={"dp": 4, "dp_shard": 2, "zero": zero, "order": order})
+    plan = tiny_plan(2, 2, 2, parallel={"zero": zero, "order": order})
     assert plan.topology.group(("shard",), 0) == (0, 2)
     check(pool, plan, reference("fp64"), tmp_path)
 
@@ -125,7 +125,7 @@ def test_samples_have_unequal_numbers_of_targets_and_clipping_bites() -> None:
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
 def test_prove_passes_in_each_precision(pool: Pool, tmp_path: Path, dtype: str) -> None:
     train = {"dtype": dtype, "global_batch_size": 12}
-    plan = tiny_plan(1, 2, 2, parallel={"dp": 2, "zero": 2}, train=train)
+    plan = tiny_plan(1, 2, 2, parallel={"zero": 2}, train=train)
     proof = prove(plan, traces_of(pool, plan, tmp_path), STEPS)
     assert proof.passed, proof.as_json()
     document = proof.as_json()

@@ -60,9 +60,8 @@ def prepare_run(
     if world_size is None:
         world_size = local_world_size(spec, cores=num_cores(), gpus=torch.cuda.device_count())
     # Before the text is cut into tokens, which can take long, whatever is wrong with the layout shows already.
-    known = spec.model.vocab or spec.data.expected_vocab
-    if known is not None:
-        plan_for(spec, world_size, device, known)
+    if spec.data.expected_vocab is not None or spec.model.vocab is not None:
+        plan_for(spec, world_size, device, None)
     vocab = None if spec.data.corpus == "random" else _open_showing_progress(spec).vocab
     plan = plan_for(spec, world_size, device, vocab)
     directory = RunDirectory.create(Path(run_dir) if run_dir else None, Path(recipe), plan)
@@ -89,7 +88,8 @@ def num_cores() -> int:
 
 
 def _open_showing_progress(spec: Spec) -> Dataset:
-    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("data", total=None, start=False)
 
         def report(done: int, total: int, what: str) -> None:

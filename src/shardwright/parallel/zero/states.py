@@ -3,9 +3,10 @@
 Note: when things happen. A block's parameters are needed from its forward's beginning to its end, and from the moment
 the gradient of its output is known until the last gradient of its parameters has arrived. Hooks on the block and on
 its output say so; the model is not changed. Reductions start in one fixed order on every rank, the reverse of the
-blocks': a unit that is complete early waits for its turn, and one that autograd left open (a parameter without a
-gradient in this microbatch) is closed by the executor at the backward's end. So every rank issues the same collectives
-in the same order, whatever its data did.
+blocks', and at fixed places among the gathers: where the backward of the next block begins, everything used after that
+block alone is complete, parameters without a gradient in this microbatch included; the rest is closed by the executor
+at the backward's end. So every rank that runs the same blocks issues the same collectives in the same order, whatever
+happened inside them.
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ class States:
         self._uses = [list(dict.fromkeys(unit_of[p] for p in block.parameters())) for block in blocks]
         _replace(model, placed)
         self._arrived: dict[Unit, int] = {}
+        self._num_uses = 0
+        self._first_use: dict[Unit, int] = {}
         self._to_reduce: list[Unit] = []
+        self._closed: set[Unit] = set()
         self._in_flight: list[Unit] = []
         self._last = False
         self._in_backward = False
@@ -99,7 +103,11 @@ class States:
     def _after_forward(self, index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
         tensors = [t for t in _tensors(output) if t.requires_grad]
         for tensor in tensors:
-            tensor.register_hook(partial(self._before_backward, index))
+            tensor.register_hook(partial(self._before_backward, index, self._num_uses))
+        if tensors:
+            for unit in self._uses[index]:
+                self._first_use.setdefault(unit, self._num_uses)
+            self._num_uses += 1
         # The last block's backward follows its forward at once, so its parameters stay.
         stays = bool(tensors) and index == len(self._uses) - 1
         for unit in self._uses[index]:
@@ -107,7 +115,8 @@ class States:
             if not stays and self._active[unit] == 0 and (self.stage.per_microbatch or not tensors):
                 unit.release()
 
-    def _before_backward(self, index: int, _gradient: Tensor) -> None:
+    def _before_backward(self, index: int, use: int, _gradient: Tensor) -> None:
+        self._close(use)
         for unit in self._uses[index]:
             unit.need()
         self._prefetch(index - 1)
@@ -120,21 +129,30 @@ class States:
     def _arrive(self, unit: Unit, slot: int, _parameter: Tensor) -> None:
         if not self._in_backward:
             raise RuntimeError("a backward outside States.backward(): its gradients would not reach their owners")
+        if unit in self._closed:
+            raise RuntimeError(f"{unit.name}: a parameter is used outside its block's forward, before that")
         unit.accumulate(slot)
         self._arrived[unit] = self._arrived.get(unit, 0) + 1
-        if self._arrived[unit] == len(unit.parameters):
-            self._complete(unit)
-
-    def _complete(self, unit: Unit) -> None:
-        if self.stage.per_microbatch or self._last:
+        if self._arrived[unit] == len(unit.parameters) and (self.stage.per_microbatch or self._last):
             unit.release()
-        while self._to_reduce and self._arrived.get(self._to_reduce[0]) == len(self._to_reduce[0].parameters):
-            self._reduce(self._to_reduce.pop(0))
+
+    def _close(self, use: int) -> None:
+        """Begin to reduce, in their order, the units whose uses in this microbatch all came after the given one:
+        autograd runs backward through what was computed later before what was computed earlier."""
+        while self._to_reduce and self._is_complete(self._to_reduce[0], use):
+            unit = self._to_reduce.pop(0)
+            if self.stage.per_microbatch or self._last:
+                unit.release()
+            self._reduce(unit)
+
+    def _is_complete(self, unit: Unit, use: int) -> bool:
+        return self._first_use.get(unit, -1) > use or self._arrived.get(unit) == len(unit.parameters)
 
     def _reduce(self, unit: Unit) -> None:
         if len(self._in_flight) >= _IN_FLIGHT:
             self._in_flight.pop(0).finish_scatter()
         unit.reduce(self._last)
+        self._closed.add(unit)
         self._in_flight.append(unit)
 
     # The step
@@ -148,7 +166,7 @@ class States:
     def backward(self, last: bool) -> Iterator[None]:
         """Encloses the backward of one microbatch; `last` is the step's last, after which gradients are complete."""
         self._last, self._in_backward = last, True
-        self._arrived = {}
+        self._arrived, self._closed = {}, set()
         reduces = last or (self.stage.owns_gradients and self.stage.per_microbatch)
         self._to_reduce = list(reversed(self.units)) if reduces else []
         try:
@@ -159,7 +177,7 @@ class States:
                 if self.stage.per_microbatch or last:
                     unit.release()
         finally:
-            self._in_backward = False
+            self._in_backward, self._num_uses, self._first_use = False, 0, {}
 
     def settle(self) -> None:
         """Finish what is under way between microbatches, so that only what rests there is left."""
