@@ -1,6 +1,7 @@
 """Causal grouped-query self-attention with rotary positions.
 
-Shapes: B sequences, T positions, C hidden, H query heads, K key-value heads, D head size.
+Shapes: T positions, B sequences, C hidden, H query heads, K key-value heads, D head size. Positions come first, so that
+consecutive positions of all sequences are one contiguous range.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ class Rotary(nn.Module):
         self._tables: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def tables(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, each [length, 1, D / 2], in the dtype and on the device of `like`; made once."""
+        """Cosine and sine, each [length, 1, 1, D / 2], in the dtype and on the device of `like`; made once."""
         key = (length, like.dtype, like.device)
         if key not in self._tables:
             positions = torch.arange(length, dtype=torch.float64, device="cpu")
-            angles = torch.outer(positions, rotary_frequencies(self.architecture))[:, None]
+            angles = torch.outer(positions, rotary_frequencies(self.architecture))[:, None, None]
             self._tables[key] = (angles.cos().to(like), angles.sin().to(like))
         return self._tables[key]
 
-    def forward(self, x_BTHD: Tensor) -> Tensor:
-        """Rotate queries or keys [B, T, H, D] at positions 0..T-1."""
-        cos, sin = self.tables(x_BTHD.shape[1], x_BTHD)
-        low, high = x_BTHD.chunk(2, dim=-1)
+    def forward(self, x_TBHD: Tensor) -> Tensor:
+        """Rotate queries or keys [T, B, H, D] at positions 0..T-1."""
+        cos, sin = self.tables(len(x_TBHD), x_TBHD)
+        low, high = x_TBHD.chunk(2, dim=-1)
         return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
@@ -62,7 +63,7 @@ class Attention(nn.Module):
     def __init__(self, architecture: Architecture, rotary: Rotary | None) -> None:
         super().__init__()
         a = architecture
-        self.heads, self.kv_heads, self.head_dim = a.heads, a.kv_heads, a.head_dim
+        self.head_dim = a.head_dim
         q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
         parts = (Part("q", q), Part("k", kv), Part("v", kv))
         self.qkv = Linear(a.hidden, q + 2 * kv, bias=a.bias or a.qkv_bias, declaration=Declaration(parts, a.init_std))
@@ -72,14 +73,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(a.head_dim, a.norm_eps) if a.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(a.head_dim, a.norm_eps) if a.qk_norm else nn.Identity()
         self.rotary = rotary if rotary is not None else nn.Identity()
+        self.repeat_kv = nn.Identity()  # consecutive query heads share a key-value head, as many each
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        """Attend within each sequence, [B, T, C] to [B, T, C]."""
-        qkv = self.qkv(x_BTC)
+    def forward(self, x_TBC: Tensor) -> Tensor:
+        """Attend within each sequence, [T, B, C] to [T, B, C]."""
+        qkv = self.qkv(x_TBC)
         heads = qkv.view(*qkv.shape[:2], -1, self.head_dim)
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        # How many heads of each kind there are is the product's affair.
+        q, k, v = heads.split([part.rows // self.head_dim for part in self.qkv.declaration.parts], dim=2)
         q, k = self.rotary(self.q_norm(q)), self.rotary(self.k_norm(k))
-        attended = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=self.kv_heads != self.heads
+        k, v = self.repeat_kv(k), self.repeat_kv(v)
+        attended_BHTD = F.scaled_dot_product_attention(
+            *(x.permute(1, 2, 0, 3) for x in (q, k, v)), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
         )
-        return self.out(attended.transpose(1, 2).flatten(2))
+        return self.out(attended_BHTD.permute(2, 0, 1, 3).flatten(2))

@@ -1,7 +1,7 @@
 """A decoder-only transformer as one device would write it.
 
-It knows nothing of other devices. `blocks()` lists its parts in the order of execution; what happens between them is
-a tensor [sequences, positions, hidden], so any run of consecutive blocks can live somewhere else.
+It knows nothing of other devices. `blocks()` lists its parts in the order of execution; what passes between them is a
+tensor [positions, sequences, hidden], so any run of consecutive blocks can live somewhere else.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Embedding(nn.Module):
         self.positions = nn.Parameter(torch.empty(a.max_positions, a.hidden)) if a.positions == "learned" else None
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """int64 [B, T] to [B, T, hidden]."""
-        x = F.embedding(tokens_BT, self.weight)
-        return x if self.positions is None else x + self.positions[: tokens_BT.shape[1]]
+        """int64 [B, T] to [T, B, hidden]."""
+        x = F.embedding(tokens_BT.T, self.weight)
+        return x if self.positions is None else x + self.positions[: len(x), None]
 
 
 class Layer(nn.Module):
@@ -46,7 +46,7 @@ class Layer(nn.Module):
         self.mlp = make_mlp(a)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, hidden] to [B, T, hidden]."""
+        """[T, B, hidden] to [T, B, hidden]."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -61,13 +61,13 @@ class Head(nn.Module):
         self.norm = make_norm(a.norm, a.hidden, a.norm_eps)
         self.weight = nn.Parameter(torch.empty(a.vocab, a.hidden)) if tied is None else tied
 
-    def logits(self, x_BTC: Tensor) -> Tensor:
-        """[B, T, hidden] to [B, T, vocab]."""
-        return F.linear(self.norm(x_BTC), self.weight)
+    def logits(self, x_TBC: Tensor) -> Tensor:
+        """[T, B, hidden] to [B, T, vocab]."""
+        return F.linear(self.norm(x_TBC), self.weight).transpose(0, 1)
 
-    def forward(self, x_BTC: Tensor, targets_BT: Tensor) -> Tensor:
+    def forward(self, x_TBC: Tensor, targets_BT: Tensor) -> Tensor:
         """The sum of the loss over the targets that carry one."""
-        return linear_cross_entropy(self.norm(x_BTC).flatten(0, 1), self.weight, targets_BT.flatten())
+        return linear_cross_entropy(self.norm(x_TBC).flatten(0, 1), self.weight, targets_BT.T.flatten())
 
 
 class Decoder(nn.Module):
@@ -86,7 +86,7 @@ class Decoder(nn.Module):
         return [self.embedding, *self.layers, self.head]
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
-        """The last layer's output, [B, T, hidden]."""
+        """The last layer's output, [T, B, hidden]."""
         x = self.embedding(tokens_BT)
         for layer in self.layers:
             x = layer(x)

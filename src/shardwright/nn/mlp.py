@@ -24,7 +24,7 @@ class SwiGLU(nn.Module):
         self.down = Linear(a.ffn, a.hidden, bias=a.bias, declaration=Declaration(std=residual_std))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, hidden] to [B, T, hidden]."""
+        """[..., hidden] to [..., hidden]."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
@@ -40,7 +40,7 @@ class GELU(nn.Module):
         self.down = Linear(a.ffn, a.hidden, bias=a.bias, declaration=Declaration(std=residual_std))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, hidden] to [B, T, hidden]."""
+        """[..., hidden] to [..., hidden]."""
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
