@@ -85,10 +85,15 @@ class Box:
 
 @dataclass(frozen=True)
 class Piece:
-    """A box whose elements lie contiguously, in row-major order, from `start` of a flat buffer."""
+    """A box whose elements lie contiguously, in row-major order, from `start` of a flat buffer.
+
+    `counts` is false where another rank along a model axis holds the same elements and counts them: every element
+    counts once in norms and is written once to checkpoints.
+    """
 
     box: Box
     start: int
+    counts: bool = True
 
     @property
     def stop(self) -> int:
@@ -134,7 +139,7 @@ def cut(pieces: list[Piece], begin: int, end: int) -> list[Piece]:
         start = low - begin
         for offset, size in flat_range(piece.box.size, low - piece.start, high - piece.start):
             absolute = tuple(map(sum, zip(piece.box.offset, offset, strict=True)))
-            part = Piece(Box(piece.box.tensor, absolute, size), start)
+            part = Piece(Box(piece.box.tensor, absolute, size), start, piece.counts)
             result.append(part)
             start = part.stop
     return result

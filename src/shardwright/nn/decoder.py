@@ -6,15 +6,12 @@ tensor [positions, sequences, hidden], so any run of consecutive blocks can live
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from shardwright.nn.attention import Attention, Rotary
-from shardwright.nn.loss import linear_cross_entropy
 from shardwright.nn.mlp import make_mlp
 from shardwright.nn.norm import make_norm
-from shardwright.nn.parameters import Declaration
+from shardwright.nn.vocabulary import Output, PositionEmbedding, TokenEmbedding
 from shardwright.spec.architecture import Architecture
 
 
@@ -24,14 +21,13 @@ class Embedding(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         a = architecture
-        self.declaration = Declaration(std=a.init_std)
-        self.weight = nn.Parameter(torch.empty(a.vocab, a.hidden))
-        self.positions = nn.Parameter(torch.empty(a.max_positions, a.hidden)) if a.positions == "learned" else None
+        self.tokens = TokenEmbedding(a.vocab, a.hidden, std=a.init_std)
+        learned = a.positions == "learned"
+        self.positions = PositionEmbedding(a.max_positions, a.hidden, std=a.init_std) if learned else nn.Identity()
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """int64 [B, T] to [T, B, hidden]."""
-        x = F.embedding(tokens_BT.T, self.weight)
-        return x if self.positions is None else x + self.positions[: len(x), None]
+        return self.positions(self.tokens(tokens_BT.T))
 
 
 class Layer(nn.Module):
@@ -52,22 +48,21 @@ class Layer(nn.Module):
 
 
 class Head(nn.Module):
-    """The final norm, the vocabulary product and the loss; `weight` may be the embedding's own."""
+    """The final norm, then the vocabulary product and the loss; `tied` is the embedding's weight, to be used again."""
 
     def __init__(self, architecture: Architecture, tied: nn.Parameter | None) -> None:
         super().__init__()
         a = architecture
-        self.declaration = Declaration(std=a.init_std)
         self.norm = make_norm(a.norm, a.hidden, a.norm_eps)
-        self.weight = nn.Parameter(torch.empty(a.vocab, a.hidden)) if tied is None else tied
+        self.output = Output(a.hidden, a.vocab, std=a.init_std, weight=tied)
 
     def logits(self, x_TBC: Tensor) -> Tensor:
         """[T, B, hidden] to [B, T, vocab]."""
-        return F.linear(self.norm(x_TBC), self.weight).transpose(0, 1)
+        return self.output.logits(self.norm(x_TBC)).transpose(0, 1)
 
     def forward(self, x_TBC: Tensor, targets_BT: Tensor) -> Tensor:
         """The sum of the loss over the targets that carry one."""
-        return linear_cross_entropy(self.norm(x_TBC).flatten(0, 1), self.weight, targets_BT.T.flatten())
+        return self.output(self.norm(x_TBC), targets_BT.T)
 
 
 class Decoder(nn.Module):
@@ -79,7 +74,7 @@ class Decoder(nn.Module):
         rotary = Rotary(architecture) if architecture.positions == "rotary" else None
         self.embedding = Embedding(architecture)
         self.layers = nn.ModuleList(Layer(architecture, rotary) for _ in range(architecture.layers))
-        self.head = Head(architecture, self.embedding.weight if architecture.tied_embeddings else None)
+        self.head = Head(architecture, self.embedding.tokens.weight if architecture.tied_embeddings else None)
 
     def blocks(self) -> list[nn.Module]:
         """The parts in order of execution; the parameters of each are communicated together."""

@@ -14,15 +14,20 @@ from shardwright.comm.mesh import Axis, Mesh
 
 @dataclass(frozen=True)
 class DataParallel:
-    """`owners` share one copy of the state; `copies` hold the same share of it."""
+    """`owners` share one copy of the state; `copies` hold the same share of it.
+
+    `partials` is the axis along which ranks hold parts of the gradient of a parameter that each of them has.
+    """
 
     owners: Axis
     copies: Axis
+    partials: Axis
 
     @staticmethod
     def of(mesh: Mesh, owns_state: bool) -> DataParallel:
         """The two axes of a mesh, for state that is owned in shares or by every rank alike."""
-        return DataParallel(mesh.shard, mesh.replicate) if owns_state else DataParallel(mesh.axis(), mesh.data)
+        owners, copies = (mesh.shard, mesh.replicate) if owns_state else (mesh.axis(), mesh.data)
+        return DataParallel(owners, copies, mesh.tp)
 
     @property
     def degree(self) -> int:

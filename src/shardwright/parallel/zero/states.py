@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import LayoutError
-from shardwright.nn.parameters import pieces_of
+from shardwright.layout.flat import Member
+from shardwright.nn.parameters import Held, held_by
 from shardwright.optim.owned import Optimizer, OwnedTensor
 from shardwright.parallel.data import DataParallel
 from shardwright.parallel.zero.residency import Stage
@@ -56,16 +57,16 @@ class States:
     ) -> None:
         self.stage = stage
         self.units: list[Unit] = []
-        pieces = pieces_of(model)
-        _refuse_frozen(model, pieces)
+        held = held_by(model)
+        _refuse_frozen(model, held)
         unit_of: dict[nn.Parameter, Unit] = {}
         placed: dict[nn.Parameter, nn.Parameter] = {}
         for parameters in _block_units(blocks):
             if not parameters:
                 continue
-            name = _common_name([pieces[p][0].box.name for p in parameters])
-            owned = [(tuple(p.shape), pieces[p]) for p in parameters]
-            unit = Unit(name, owned, stage, data, dtype=dtype, grad_dtype=grad_dtype, device=device)
+            name = _common_name([held[p].pieces[0].box.name for p in parameters])
+            members = [Member(tuple(p.shape), held[p].pieces, held[p].partial) for p in parameters]
+            unit = Unit(name, members, stage, data, dtype=dtype, grad_dtype=grad_dtype, device=device)
             self.units.append(unit)
             unit_of |= dict.fromkeys(parameters, unit)
             slots = zip(unit.layout.slots, unit.parameters, strict=True)
@@ -212,8 +213,8 @@ class States:
 
     def squared_norm(self) -> Tensor:
         """This rank's part of the squared norm of all gradients, fp64; every element counts on one rank."""
-        parts = [_squared_norm(unit.counted_gradient()) for unit in self.units]
-        return torch.stack(parts).sum()
+        parts = [_squared_norm(part) for unit in self.units for part in unit.counted_gradient()]
+        return torch.stack([*parts, torch.zeros((), dtype=torch.float64, device=self.units[0].whole.device)]).sum()
 
 
 def _squared_norm(flat: Tensor) -> Tensor:
@@ -250,10 +251,10 @@ def _replace(model: nn.Module, placed: dict[nn.Parameter, nn.Parameter]) -> None
             setattr(module, name, placed[parameter])
 
 
-def _refuse_frozen(model: nn.Module, pieces: dict[nn.Parameter, Any]) -> None:
+def _refuse_frozen(model: nn.Module, held: dict[nn.Parameter, Held]) -> None:
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            name = pieces[parameter][0].box.name
+            name = held[parameter].pieces[0].box.name
             raise LayoutError(
                 f"{name}: requires no gradient, and frozen parameters are not supported",
                 "train it, or make it a buffer",

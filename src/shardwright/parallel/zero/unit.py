@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shardwright.comm.collectives import DONE, Handle, all_gather, all_reduce, reduce_scatter, share
 from shardwright.layout.box import Piece
-from shardwright.layout.flat import FlatLayout, Slot
+from shardwright.layout.flat import FlatLayout, Member, Slot
 from shardwright.nn.initial import fill
 from shardwright.optim.owned import OwnedTensor
 from shardwright.parallel.data import DataParallel
@@ -25,13 +25,13 @@ from shardwright.parallel.zero.residency import Residency, Stage
 class Unit:
     """Parameters, gradients and masters of some modules, kept as a ZeRO stage says.
 
-    Made from each parameter's (shape, pieces); `parameters` are the new ones, in the order of `layout.slots`.
+    `parameters` are views of its buffer, in the order of `layout.slots`.
     """
 
     def __init__(
         self,
         name: str,
-        parameters: Sequence[tuple[tuple[int, ...], tuple[Piece, ...]]],
+        members: Sequence[Member],
         stage: Stage,
         data: DataParallel,
         *,
@@ -40,7 +40,7 @@ class Unit:
         device: torch.device,
     ) -> None:
         self.name, self.stage, self.data = name, stage, data
-        self.layout = FlatLayout.of(parameters, data.degree)
+        self.layout = FlatLayout.of(members, data.degree)
         self.grad_dtype = grad_dtype
         owners = data.owners
         self.begin, self.end = self.layout.owned_range(owners.degree, owners.index)
@@ -165,6 +165,9 @@ class Unit:
                 self._gradient_view(slot).zero_()  # no gradient in this step, or in this microbatch, is zero
         whole = self._whole_gradient
         assert whole is not None
+        begin, end = self.layout.partial
+        if begin < end:
+            all_reduce(whole[begin:end], self.data.partials, reason="tensor/replicated").wait()
         self._scattering = reduce_scatter(whole, self.data.owners, reason="zero/reduce")
         self._scatter_is_last = last
         if self._scattering is DONE:
@@ -201,9 +204,13 @@ class Unit:
         decayed = min(max(self.layout.decayed - self.begin, 0), self.end - self.begin)
         return OwnedTensor(self.name, self.masters, self.owned_gradient, decayed)
 
-    def counted_gradient(self) -> Tensor:
-        """The part of the owned gradient that this rank counts in the norm: copies divide it among themselves."""
-        return share(self.owned_gradient, self.data.copies, self.data.copies.index)
+    def counted_gradient(self) -> list[Tensor]:
+        """The parts of the owned gradient that this rank counts in the norm: copies divide it among themselves."""
+        mine = share(self.owned_gradient, self.data.copies, self.data.copies.index)
+        begin = self.begin + self.data.copies.index * mine.numel()
+        end = begin + mine.numel()
+        ranges = [(max(begin, low), min(end, high)) for low, high in self.layout.counted]
+        return [mine[low - begin : high - begin] for low, high in ranges if low < high]
 
     # Ledger
 
