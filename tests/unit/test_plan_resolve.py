@@ -247,7 +247,6 @@ def test_recipe_refusals(arguments: dict, message: str) -> None:
             {"model": {"init_from": "x"}},
             'model.init_from: "x" is not built yet\n  this version runs without model.init_from',
         ),
-        ({"parallel": {"tp": 2}}, "parallel.tp: 2 is not built yet\n  this version runs parallel.tp = 1"),
         ({"parallel": {"pp": 2}}, "parallel.pp: 2 is not built yet\n  this version runs parallel.pp = 1"),
         (
             {"memory": {"recompute": "full"}},

@@ -41,7 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[begin : begin + step])
             if needs_weight:
-                grad_weight = _add_product(grad_weight, grad_logits.T, h)
+                grad_weight = add_product(grad_weight, grad_logits.T, h)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -71,7 +71,7 @@ def _chunk_loss(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tens
     return loss, grad.mul_(counted.unsqueeze(1))
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     if total is None:
         return a @ b
     if total.dtype == a.dtype and a.dtype in (torch.float32, torch.float64):

@@ -1,10 +1,11 @@
 """The one page that puts the techniques together, in order, with the reason for the order.
 
 1. The model is built as one device would write it, without memory: nothing whole exists anywhere.
-2. Units take its parameters, block by block, into flat buffers owned as the ZeRO stage says. This comes last among the
+2. Tensor parallelism replaces modules by a rank's part of them. It comes first, because it alone looks into modules.
+3. Units take the parameters, block by block, into flat buffers owned as the ZeRO stage says. This comes last among the
    things that change modules, because a unit's buffer holds whatever parameters a rank is left with.
-3. Every owned element gets its initial value, by name and index, and is published.
-4. The executor gets the model and its states. It knows when a microbatch begins and ends; they know what to do then.
+4. Every owned element gets its initial value, by name and index, and is published.
+5. The executor gets the model and its states. It knows when a microbatch begins and ends; they know what to do then.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from shardwright.nn.decoder import Decoder
 from shardwright.nn.dtypes import torch_dtype
 from shardwright.parallel.data import DataParallel
 from shardwright.parallel.pipeline import Pipeline
+from shardwright.parallel.tensor.apply import divide, table_of
+from shardwright.parallel.tensor.region import Region
 from shardwright.parallel.zero.residency import Stage
 from shardwright.parallel.zero.states import States
 from shardwright.plan.plan import Plan
@@ -41,11 +44,14 @@ def compose(plan: Plan, mesh: Mesh, model: nn.Module | None = None) -> Runtime:
 
     A model of one's own is called as model(tokens, targets) and returns the sum of the loss over targets. It may have
     been built on the meta device; its values are made anew from `train.seed` in any case. If it has `blocks()`, a list
-    of modules in the order of execution that together hold every parameter, each is a unit; else all of it is one.
+    of modules in the order of execution that together hold every parameter, each is a unit; else all of it is one. Its
+    `tensor_table()` says how it is divided over `tp`.
     """
     if model is None:
         with torch.device("meta"):
             model = Decoder(plan.architecture)
+    region = Region(mesh.tp, plan.spec.parallel.sequence_parallel)
+    divide(model, table_of(model, mesh.tp.degree), region)
     stage = Stage(plan.spec.parallel.zero, plan.spec.parallel.zero_pipeline == "save_memory")
     states = States(
         model,

@@ -38,10 +38,11 @@ def evaluate(runtime: Runtime, samples: Samples, step: int) -> ValidationRecord:
     total = min(spec.data.eval_batches * spec.train.global_batch_size, len(samples))
     batch = _part(samples, total, runtime)
     loss = runtime.pipeline.evaluate(to_device(batch, spec.train.micro_batch_size, runtime.mesh.device))
-    count = torch.tensor(float(batch.num_targets()), dtype=torch.float64)
-    sums = torch.stack([loss, count]).to(runtime.mesh.device)
-    all_reduce(sums, runtime.mesh.data, reason="validation").wait()
-    total_loss, num_targets = sums.tolist()
+    loss = loss.to(runtime.mesh.device)
+    count = torch.tensor(float(batch.num_targets()), dtype=torch.float64, device=runtime.mesh.device)
+    all_reduce(loss, runtime.mesh.world, reason="validation").wait()  # each target's loss is on one rank
+    all_reduce(count, runtime.mesh.data, reason="validation").wait()
+    total_loss, num_targets = float(loss), float(count)
     return ValidationRecord(
         step=step,
         loss=total_loss / max(num_targets, 1),

@@ -159,6 +159,8 @@ class Unit:
 
     def reduce(self, last: bool) -> None:
         """Begin to sum the accumulated gradients into their owners; `last` ends the step's accumulation."""
+        if not (last or self.shards_gradients):
+            return  # they rest whole: every sum waits for the step's end
         self.finish_scatter()
         for written, slot in zip(self._written, self.layout.slots, strict=True):
             if not written:

@@ -1,0 +1,154 @@
+"""Many layouts proved in one world of ranks, and the table of their errors.
+
+    python -m benchmarks.proof tensor [--record]
+
+Every layout is compared with one device as `shardwright verify` does it: loss, gradients and parameters of 3 steps of
+clipped AdamW in fp64, with unequal numbers of target tokens. The exit code is 1 if any of them differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RECORDS, environment
+from shardwright.comm.job import Job
+from shardwright.comm.launch import launch
+from shardwright.plan.plan import Plan
+from shardwright.plan.resolve import resolve
+from shardwright.record.store import write_json
+from shardwright.spec.load import build
+from shardwright.verify.proof import Proof, prove
+from shardwright.verify.trace import read_traces
+
+STEPS = 3
+
+# Sizes that divide by nothing: a vocabulary of 509 words, 27 features, sequences of 13 tokens.
+LLAMA = {"layers": 2, "hidden": 24, "head_dim": 4, "ffn": 27, "vocab": 509}
+QWEN = {**LLAMA, "head_dim": 6, "qk_norm": True, "qkv_bias": True}
+GPT2 = {**LLAMA, "norm": "layernorm", "activation": "gelu", "positions": "learned", "bias": True}
+FAMILIES = {"llama": LLAMA, "qwen": QWEN, "gpt2": GPT2}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A recipe to prove: the family's name and the tables of the recipe."""
+
+    family: str
+    model: dict[str, Any]
+    train: dict[str, Any]
+    parallel: dict[str, Any]
+
+    def plan(self) -> Plan:
+        """The plan of the recipe, on as many ranks as it asks for."""
+        p = self.parallel
+        world = p["dp"] * p.get("tp", 1) * p.get("pp", 1)
+        train = {
+            "dtype": "fp64",
+            "sequence_length": 13,
+            "micro_batch_size": 1,
+            "lr_schedule": "constant",
+            "warmup_steps": 0,
+            **self.train,
+        }
+        spec = build({"model": self.model, "train": train, "parallel": p})
+        return resolve(spec, world_size=world, device="cpu", native_bf16=False, tokenizer_vocab=None)
+
+
+def tensor() -> Iterator[Layout]:
+    """Every (dp, tp) with product up to 8, ZeRO 0 to 3, with and without sequence parallelism; the rest takes turns."""
+    heads = {5: 5, 7: 7}  # 24 heads divide by every other degree
+    pairs = [(dp, tp) for tp in range(1, 9) for dp in range(1, 8 // tp + 1)]
+    turns = itertools.cycle(range(60))
+    for (dp, tp), zero, sequence_parallel in itertools.product(pairs, range(4), (True, False)):
+        turn = next(turns)
+        h = heads.get(tp, 24)
+        kv_heads = [n for n in (1, 2, 3, 8, h) if h % n == 0]
+        family = list(FAMILIES)[turn % 3]
+        model = {**FAMILIES[family], "heads": h, "kv_heads": kv_heads[turn % len(kv_heads)]}
+        model["tied_embeddings"] = bool(turn // 3 % 2)
+        microbatches = 1 + turn // 2 % 2
+        shards = [n for n in range(1, dp + 1) if dp % n == 0]
+        parallel = {"dp": dp, "tp": tp, "zero": zero, "sequence_parallel": sequence_parallel}
+        parallel["dp_shard"] = shards[turn % len(shards)] if turn % 4 == 0 else dp
+        yield Layout(family, model, {"global_batch_size": dp * microbatches}, parallel)
+
+
+MATRICES: dict[str, Callable[[], Iterator[Layout]]] = {"tensor": tensor}
+
+
+def prove_all(layouts: list[Layout]) -> list[Proof]:
+    """Trace the layouts of each size in one world of ranks, then compare each with one device."""
+    plans = [layout.plan() for layout in layouts]
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [Path(folder) / str(i) for i in range(len(plans))]
+        for plan, path in zip(plans, folders, strict=True):
+            path.mkdir()
+            write_json(path / "plan.json", plan.model_dump(mode="json"))
+        for world in sorted({plan.world_size for plan in plans}):
+            own = [str(f) for p, f in zip(plans, folders, strict=True) if p.world_size == world]
+            print(f"{len(own)} layouts on {world} ranks", file=sys.stderr, flush=True)
+            if launch(Job(world, "shardwright.verify.rank", (str(STEPS), *own))):
+                raise SystemExit(1)
+        return [prove(p, read_traces(f, p.world_size), STEPS) for p, f in zip(plans, folders, strict=True)]
+
+
+def _row(layout: Layout, proof: Proof) -> dict[str, Any]:
+    errors = proof.comparison.errors()
+    return {
+        "family": layout.family,
+        **{name: layout.model.get(name) for name in ("heads", "kv_heads", "tied_embeddings")},
+        **layout.parallel,
+        "microbatches": proof.plan.num_microbatches,
+        "passed": proof.passed,
+        **errors,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a layout, Markdown."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        cells = [f"{value:.0e}" if isinstance(value, float) else str(value) for value in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Prove a matrix, print its table, and keep it with --record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("matrix", choices=MATRICES)
+    parser.add_argument("--every", type=int, default=1, help="prove only every n-th layout")
+    parser.add_argument("--record", action="store_true", help="keep the table under benchmarks/records/")
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    layouts = list(MATRICES[arguments.matrix]())[:: arguments.every]
+    proofs = prove_all(layouts)
+    rows = [_row(layout, proof) for layout, proof in zip(layouts, proofs, strict=True)]
+    passed = sum(row["passed"] for row in rows)
+    print(table(rows))
+    print(f"\n{passed} of {len(rows)} layouts compute what one device computes ({time.perf_counter() - began:.0f} s)")
+    for proof in proofs:
+        if not proof.passed:
+            print(proof.comparison.missing, proof.comparison.first_difference, file=sys.stderr)
+    if arguments.record:
+        RECORDS.mkdir(exist_ok=True)
+        command = f"python -m benchmarks.proof {arguments.matrix} --record"
+        record = {"command": command, "environment": environment(8), "bar": 1e-10, "rows": rows}
+        (RECORDS / f"proof_{arguments.matrix}.json").write_text(json.dumps(record, indent=1) + "\n")
+        text = f"`{command}`: {passed} of {len(rows)} layouts passed at 1e-10\n\n{table(rows)}\n"
+        (RECORDS / f"proof_{arguments.matrix}.md").write_text(text)
+    return 0 if passed == len(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

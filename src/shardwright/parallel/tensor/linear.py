@@ -1,0 +1,123 @@
+"""Linear layers of which a rank has some rows (colwise: outputs are split) or some columns (rowwise: inputs are)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shardwright.comm.collectives import all_reduce
+from shardwright.nn.parameters import Declaration
+from shardwright.parallel.tensor.region import Region
+
+
+class _Colwise(torch.autograd.Function):
+    """Gather, then multiply. Backward, the collective of the input's gradient runs under the weight's product."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, region: Region) -> Tensor:  # type: ignore[override]
+        whole = region.gather(x, "tensor/colwise")
+        ctx.save_for_backward(whole, weight)
+        ctx.region, ctx.has_bias = region, bias is not None
+        return F.linear(whole, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        whole, weight = ctx.saved_tensors
+        mine, handle = ctx.region.start_scatter_sum(grad @ weight, "tensor/colwise/backward")
+        flat = grad.flatten(0, -2)
+        grad_weight = flat.T @ whole.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        grad_bias = flat.sum(0) if ctx.has_bias else None
+        handle.wait()
+        return mine, grad_weight, grad_bias, None
+
+
+class _Rowwise(torch.autograd.Function):
+    """Multiply, then sum over ranks. Backward, the gradient is gathered once for both products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, region: Region) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        ctx.region = region
+        return region.scatter_sum(F.linear(x, weight), "tensor/rowwise")
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        whole = ctx.region.gather(grad.contiguous(), "tensor/rowwise/backward")
+        grad_weight = whole.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return whole @ weight, grad_weight, None
+
+
+class _SumOverHolders(torch.autograd.Function):
+    """Some rows of a parameter are held by several ranks; their gradient is the sum over the holders.
+
+    `places` are the rows' places among those of all ranks, None for rows that no other rank has.
+    """
+
+    @staticmethod
+    def forward(ctx, parameter: Tensor, shared: SharedRows, region: Region) -> Tensor:  # type: ignore[override]
+        ctx.shared, ctx.region = shared, region
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        shared: SharedRows = ctx.shared
+        total = grad.new_zeros(shared.total, *grad.shape[1:])
+        grad = grad.contiguous()
+        for local, place, rows in shared.ranges:
+            total[place : place + rows] = grad[local : local + rows]
+        all_reduce(total, ctx.region.axis, reason="tensor/shared-heads").wait()
+        for local, place, rows in shared.ranges:
+            grad[local : local + rows] = total[place : place + rows]
+        return grad, None, None
+
+
+class SharedRows:
+    """Rows that several ranks may hold: ranges (own row, place among `total` rows of all ranks, number of rows)."""
+
+    def __init__(self, ranges: list[tuple[int, int, int]], total: int) -> None:
+        self.ranges, self.total = ranges, total
+
+
+class ColwiseLinear(nn.Module):
+    """A rank's rows of a linear layer: [positions between products, B, inputs] to [all positions, B, own outputs]."""
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        declaration: Declaration,
+        region: Region,
+        shared: SharedRows | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.declaration, self.region, self.shared = declaration, region, shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gather and multiply."""
+        weight, bias = self.weight, self.bias
+        if self.shared is not None and torch.is_grad_enabled():
+            weight = _SumOverHolders.apply(weight, self.shared, self.region)
+            bias = bias if bias is None else _SumOverHolders.apply(bias, self.shared, self.region)
+        return _Colwise.apply(x, weight, bias, self.region)  # type: ignore[return-value]
+
+
+class RowwiseLinear(nn.Module):
+    """A rank's columns of a linear layer: [all positions, B, own inputs] to [positions between products, B, outputs].
+
+    The bias is whole on every rank and added once, to the sum.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, declaration: Declaration, region: Region
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.declaration, self.region = declaration, region
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply and sum."""
+        y = _Rowwise.apply(x, self.weight, self.region)
+        return y if self.bias is None else y + self.bias  # type: ignore[return-value]

@@ -1,0 +1,133 @@
+"""Embedding and output of which a rank has some rows of the vocabulary; whole logits never exist.
+
+Note: cross-entropy over a sharded vocabulary. A rank computes the logits of its words for a chunk of tokens. What the
+ranks exchange per token are three numbers: the largest logit, the sum of exponentials beneath it, and the target's
+logit where a rank has the target's word. Each then knows log p(target) and the gradient of its own logits. The loss is
+returned by the axis's first rank and zero by the others, so that a sum over the world counts it once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shardwright.comm.collectives import all_gather, share
+from shardwright.data.batch import IGNORED
+from shardwright.nn.loss import add_product, chunk_tokens
+from shardwright.nn.parameters import Declaration
+from shardwright.parallel.tensor.region import Region
+
+
+def pad_positions(x_TB: Tensor, region: Region, value: int) -> Tensor:
+    """Tokens or targets with their positions padded as the region needs them."""
+    missing = region.padded(len(x_TB)) - len(x_TB)
+    return F.pad(x_TB, (0, 0, 0, missing), value=value) if missing else x_TB
+
+
+class VocabularyEmbedding(nn.Module):
+    """A rank's words, from `begin`, of a token embedding: int64 [T, B] to [positions between products, B, hidden]."""
+
+    def __init__(self, weight: nn.Parameter, begin: int, declaration: Declaration, region: Region) -> None:
+        super().__init__()
+        self.weight, self.begin = weight, begin
+        self.declaration, self.region = declaration, region
+
+    def forward(self, tokens_TB: Tensor) -> Tensor:
+        """Look up the words that this rank has, and sum."""
+        own = pad_positions(tokens_TB, self.region, 0) - self.begin
+        absent = (own < 0) | (own >= len(self.weight))
+        x = F.embedding(own.masked_fill(absent, 0), self.weight)
+        return self.region.enter(x.masked_fill(absent.unsqueeze(-1), 0), "tensor/embedding")
+
+
+class PositionsOfRank(nn.Module):
+    """Learned positions, whole on every rank, added to the positions that a rank has between products."""
+
+    def __init__(self, weight: nn.Parameter, declaration: Declaration, region: Region) -> None:
+        super().__init__()
+        self.weight = weight
+        self.declaration, self.region = declaration, region
+
+    def forward(self, x_TBC: Tensor) -> Tensor:
+        """[positions between products, B, hidden] to the same."""
+        begin = self.region.axis.index * len(x_TBC) if self.region.shards_positions else 0
+        # Padding may reach past the last position there is; its values do not matter.
+        rows = torch.arange(begin, begin + len(x_TBC), device=x_TBC.device).clamp(max=len(self.weight) - 1)
+        return x_TBC + F.embedding(rows, self.weight)[:, None]
+
+
+class VocabularyOutput(nn.Module):
+    """A rank's rows of the output product: [positions between products, B, hidden] and targets [T, B] to the loss."""
+
+    def __init__(self, weight: nn.Parameter, begin: int, declaration: Declaration, region: Region) -> None:
+        super().__init__()
+        self.weight, self.begin = weight, begin
+        self.declaration, self.region = declaration, region
+
+    def forward(self, x_TBC: Tensor, targets_TB: Tensor) -> Tensor:
+        """The sum of the loss over the targets that carry one, on the first rank of the axis; zero on the others."""
+        targets = pad_positions(targets_TB, self.region, IGNORED).flatten()
+        return _VocabularyCrossEntropy.apply(x_TBC, self.weight, targets, self.begin, self.region)  # type: ignore[return-value]
+
+
+class _VocabularyCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, begin: int, region: Region) -> Tensor:  # type: ignore[override]
+        needs_grad = any(ctx.needs_input_grad[:2])
+        whole = region.gather(x, "tensor/output")
+        hidden = whole.flatten(0, 1)
+        accumulate = torch.promote_types(weight.dtype, torch.float32)
+        total = torch.zeros((), dtype=accumulate, device=x.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = None
+        step = chunk_tokens(weight.shape[0], x.device.type)
+        for first in range(0, len(hidden), step):
+            h, t = hidden[first : first + step], targets[first : first + step]
+            loss, grad_logits = _chunk_loss((h @ weight.T).to(accumulate), t, begin, region, needs_grad)
+            total += loss
+            if grad_hidden is not None and grad_logits is not None:
+                grad_logits = grad_logits.to(weight.dtype)
+                torch.mm(grad_logits, weight, out=grad_hidden[first : first + step])
+                grad_weight = add_product(grad_weight, grad_logits.T, h)
+        if grad_hidden is not None and grad_weight is not None:
+            mine = region.scatter_sum(grad_hidden.view_as(whole), "tensor/output/backward")
+            ctx.save_for_backward(mine, grad_weight.to(weight.dtype))
+        return total if region.axis.index == 0 else torch.zeros_like(total)
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor):  # type: ignore[override]
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None, None
+
+
+def _chunk_loss(
+    logits: Tensor, targets: Tensor, begin: int, region: Region, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of a chunk, and the gradient of this rank's logits in their place."""
+    counted = targets != IGNORED
+    own = targets - begin
+    has = counted & (own >= 0) & (own < logits.shape[1])
+    index = own.masked_fill(~has, 0).unsqueeze(1)
+    largest = logits.amax(dim=1)
+    beneath = (logits - largest.unsqueeze(1)).exp_().sum(dim=1)
+    at_target = torch.where(has, logits.gather(1, index).squeeze(1), 0.0)
+    log_sum, at_target = _exchange(torch.stack((largest, beneath, at_target)), region)
+    loss = torch.where(counted, log_sum - at_target, 0.0).sum()
+    if not needs_grad:
+        return loss, None
+    grad = logits.sub_(log_sum.unsqueeze(1)).exp_()
+    grad.scatter_add_(1, index, -has.to(grad.dtype).unsqueeze(1))
+    return loss, grad.mul_(counted.unsqueeze(1))
+
+
+def _exchange(mine: Tensor, region: Region) -> tuple[Tensor, Tensor]:
+    """log of the sum of exponentials over all words, and the target's logit, from each rank's [3, tokens]."""
+    axis = region.axis
+    everyone = mine.new_empty(axis.degree, *mine.shape)
+    share(everyone.view(-1), axis, axis.index).copy_(mine.view(-1))
+    all_gather(everyone.view(-1), axis, reason="tensor/loss").wait()
+    largest, beneath, at_target = everyone.unbind(1)
+    peak = largest.amax(dim=0)
+    log_sum = peak + (beneath * (largest - peak).exp()).sum(dim=0).log()
+    return log_sum, at_target.sum(dim=0)
