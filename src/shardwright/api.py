@@ -16,10 +16,14 @@ from shardwright.data.batch import IGNORED, Batch
 from shardwright.data.dataset import Dataset
 from shardwright.errors import ShardwrightError
 from shardwright.nn.decoder import Decoder
+from shardwright.nn.linear import Linear
 from shardwright.nn.loss import linear_cross_entropy
+from shardwright.nn.parameters import Declaration, Part
+from shardwright.nn.vocabulary import Output
 from shardwright.optim.optimizers import make_optimizer
 from shardwright.optim.schedule import learning_rate
 from shardwright.parallel.compose import Runtime, compose
+from shardwright.parallel.tensor.rules import Colwise, Heads, Replicated, Rowwise, Table, Vocabulary
 from shardwright.plan.plan import Plan
 from shardwright.spec.load import build, load
 from shardwright.spec.spec import Spec
@@ -33,15 +37,25 @@ from shardwright.verify.run import verify
 __all__ = [
     "IGNORED",
     "Batch",
+    "Colwise",
     "Dataset",
+    "Declaration",
     "Decoder",
+    "Heads",
     "Job",
+    "Linear",
     "Mesh",
+    "Output",
+    "Part",
     "Plan",
+    "Replicated",
+    "Rowwise",
     "Runtime",
     "ShardwrightError",
     "Spec",
     "StepResult",
+    "Table",
+    "Vocabulary",
     "Worker",
     "build",
     "compose",

@@ -37,8 +37,8 @@ class Groups:
     """Process groups by their ranks, made once each.
 
     Every rank must ask for the groups that it is in, in the same order as its fellow members. Members of a gloo group
-    must have made equally many before (torch 2.13 numbers them by a counter in each process, and hangs otherwise): so it
-    is where meshes cover the whole world, in which each rank is in one group of every axis.
+    must have made equally many before (torch 2.13 numbers them by a counter in each process, and hangs otherwise), as
+    they have where meshes cover the whole world and each rank is in one group of every axis.
     """
 
     def __init__(self, timeout: timedelta | None = None) -> None:
