@@ -134,9 +134,8 @@ def main() -> None:
     tokens = WORLD * SEQUENCES * LENGTH
     for dtype in arguments.dtype:
         results = race(cases(dtype), world=WORLD, rounds=arguments.rounds, steps=arguments.steps)
-        print(
-            f"{dtype}, first losses {min(r.first_loss for r in results):.4f} to {max(r.first_loss for r in results):.4f}\n"
-        )
+        losses = [result.first_loss for result in results]
+        print(f"{dtype}, first losses {min(losses):.4f} to {max(losses):.4f}\n")
         print(table(results, tokens), end="\n\n", flush=True)
         if arguments.record:
             command = f"python -m benchmarks.data_parallel --dtype {dtype} --rounds {arguments.rounds}"

@@ -211,11 +211,12 @@ SPLITS = [
 
 
 def tiny_plan(replicate: int = 1, shard: int = 1, num_microbatches: int = 1, **sections: dict[str, Any]) -> Plan:
-    """A small model on replicate x shard ranks; sections go over its recipe. fp64, clipped to a norm that bites."""
+    """A small model on replicate x shard ranks, in fp64 and clipped to a norm that bites; sections go over its recipe,
+    and a model takes the place of TINY."""
     dp = replicate * shard
     batch = sections.get("train", {}).get("global_batch_size", BATCH)
     recipe: dict[str, dict[str, Any]] = {
-        "model": TINY,
+        "model": {} if "model" in sections else TINY,
         "train": {
             "steps": 3,
             "sequence_length": 5,

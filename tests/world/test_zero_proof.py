@@ -20,7 +20,7 @@ from shardwright.verify.trace import Trace, read_traces, samples_for, trace_layo
 
 pytestmark = pytest.mark.world
 
-STEPS = 3
+STEPS = 2
 NORM_BARS = {"fp64": 1e-12, "fp32": 1e-6}
 SGD = {"dtype": "fp32", "optimizer": "sgd"}
 LAYERNORM = {"norm": "layernorm", "activation": "gelu", "positions": "learned", "bias": True}
@@ -120,6 +120,16 @@ def test_samples_have_unequal_numbers_of_targets_and_clipping_bites() -> None:
     targets = samples_for(plan).at(range(plan.spec.train.global_batch_size)).targets
     per_rank = [(targets[i : i + 18] != IGNORED).sum() for i in range(0, 72, 18)]
     assert len(set(per_rank)) > 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1e3])
+def test_gradients_under_the_limit_are_not_scaled(
+    pool: Pool, tmp_path: Path, max_grad_norm: float, optimizer: str
+) -> None:
+    train = {"max_grad_norm": max_grad_norm, "optimizer": optimizer, "global_batch_size": 12}
+    plan = tiny_plan(1, 2, 2, parallel={"zero": 2}, train=train)
+    check(pool, plan, trace_one_device(plan, STEPS), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
