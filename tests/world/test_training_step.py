@@ -358,11 +358,10 @@ def poison_gradient(runtime: Runtime, report: Report, steps: tuple[int, ...], pa
     unit = runtime.states.units[1]
     accumulate = unit.accumulate
 
-    def poisoned(index: int) -> None:
-        gradient = unit.parameters[index].grad
-        if len(report.records) in steps and index == 0 and gradient is not None:
-            gradient.view(-1)[0] = math.nan
-        accumulate(index)
+    def poisoned(index: int, *arguments: Any) -> None:
+        accumulate(index, *arguments)
+        if len(report.records) in steps and index == 0:
+            unit._gradient_view(unit.layout.slots[index]).view(-1)[0] = math.nan
 
     patch.setattr(unit, "accumulate", poisoned)
 

@@ -101,9 +101,9 @@ def accumulation_overwrites(runtime: Runtime, patch: pytest.MonkeyPatch) -> None
     unit = named(runtime, "layers.1")
     original = unit.accumulate
 
-    def overwriting(index: int) -> None:
+    def overwriting(index: int, *arguments: Any) -> None:
         unit._written[index] = False
-        original(index)
+        original(index, *arguments)
 
     patch.setattr(unit, "accumulate", overwriting)
 

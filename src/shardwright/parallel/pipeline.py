@@ -28,6 +28,7 @@ class Pipeline:
         total = torch.zeros((), dtype=torch.float64, device=scale.device)
         self.states.begin_step()
         for index, (tokens, targets) in enumerate(microbatches):
+            self.states.begin_forward()
             loss = self.model(tokens, targets) * scale
             with self.states.backward(last=index == len(microbatches) - 1):
                 loss.backward()

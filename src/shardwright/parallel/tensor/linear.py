@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shardwright.comm.collectives import all_reduce
 from shardwright.nn.parameters import Declaration
+from shardwright.parallel.sink import GradientSink, sink_of
 from shardwright.parallel.tensor.region import Region
 
 
@@ -15,10 +18,13 @@ class _Colwise(torch.autograd.Function):
     """Gather, then multiply. Backward, the collective of the input's gradient runs under the weight's product."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, region: Region) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, region: Region, sink: GradientSink | None
+    ) -> Tensor:
         whole = region.gather(x, "tensor/colwise")
         ctx.save_for_backward(whole, weight)
-        ctx.region, ctx.has_bias = region, bias is not None
+        ctx.region, ctx.has_bias, ctx.sink = region, bias is not None, sink
+        _announce(ctx, sink)
         return F.linear(whole, weight, bias)
 
     @staticmethod
@@ -26,27 +32,44 @@ class _Colwise(torch.autograd.Function):
         whole, weight = ctx.saved_tensors
         mine, handle = ctx.region.start_scatter_sum(grad @ weight, "tensor/colwise/backward")
         flat = grad.flatten(0, -2)
-        grad_weight = flat.T @ whole.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        grad_weight = _weight_gradient(ctx, flat, whole)
         grad_bias = flat.sum(0) if ctx.has_bias else None
         handle.wait()
-        return mine, grad_weight, grad_bias, None
+        return mine, grad_weight, grad_bias, None, None
 
 
 class _Rowwise(torch.autograd.Function):
     """Multiply, then sum over ranks. Backward, the gradient is gathered once for both products."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, region: Region) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, region: Region, sink: GradientSink | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.region = region
+        ctx.region, ctx.sink = region, sink
+        _announce(ctx, sink)
         return region.scatter_sum(F.linear(x, weight), "tensor/rowwise")
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight = ctx.saved_tensors
         whole = ctx.region.gather(grad.contiguous(), "tensor/rowwise/backward")
-        grad_weight = whole.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return whole @ weight, grad_weight, None
+        return whole @ weight, _weight_gradient(ctx, whole.flatten(0, -2), x), None, None
+
+
+def _announce(ctx: Any, sink: GradientSink | None) -> None:
+    if sink is not None and ctx.needs_input_grad[1]:
+        sink.use()
+
+
+def _weight_gradient(ctx: Any, grad: Tensor, x: Tensor) -> Tensor | None:
+    """The product of the output's gradient [tokens, outputs] and the input: delivered to the sink, or for autograd."""
+    if not ctx.needs_input_grad[1]:
+        return None
+    a, b = grad.T, x.flatten(0, -2)
+    if ctx.sink is not None and ctx.sink.product(a, b):
+        return None
+    return a @ b
 
 
 class _SumOverHolders(torch.autograd.Function):
@@ -101,7 +124,7 @@ class ColwiseLinear(nn.Module):
         if self.shared is not None and torch.is_grad_enabled():
             weight = _SumOverHolders.apply(weight, self.shared, self.region)
             bias = bias if bias is None else _SumOverHolders.apply(bias, self.shared, self.region)
-        return _Colwise.apply(x, weight, bias, self.region)  # type: ignore[return-value]
+        return _Colwise.apply(x, weight, bias, self.region, sink_of(weight))  # type: ignore[return-value]
 
 
 class RowwiseLinear(nn.Module):
@@ -119,5 +142,5 @@ class RowwiseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply and sum."""
-        y = _Rowwise.apply(x, self.weight, self.region)
+        y = _Rowwise.apply(x, self.weight, self.region, sink_of(self.weight))
         return y if self.bias is None else y + self.bias  # type: ignore[return-value]

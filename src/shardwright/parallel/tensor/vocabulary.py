@@ -8,6 +8,8 @@ returned by the axis's first rank and zero by the others, so that a sum over the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +18,7 @@ from shardwright.comm.collectives import all_gather, share
 from shardwright.data.batch import IGNORED
 from shardwright.nn.loss import add_product, chunk_tokens
 from shardwright.nn.parameters import Declaration
+from shardwright.parallel.sink import GradientSink, sink_of
 from shardwright.parallel.tensor.region import Region
 
 
@@ -68,12 +71,24 @@ class VocabularyOutput(nn.Module):
     def forward(self, x_TBC: Tensor, targets_TB: Tensor) -> Tensor:
         """The sum of the loss over the targets that carry one, on the first rank of the axis; zero on the others."""
         targets = pad_positions(targets_TB, self.region, IGNORED).flatten()
-        return _VocabularyCrossEntropy.apply(x_TBC, self.weight, targets, self.begin, self.region)  # type: ignore[return-value]
+        arguments = (self.weight, targets, self.begin, self.region, sink_of(self.weight))
+        return _VocabularyCrossEntropy.apply(x_TBC, *arguments)  # type: ignore[return-value]
 
 
 class _VocabularyCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, begin: int, region: Region) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        begin: int,
+        region: Region,
+        sink: GradientSink | None,
+    ) -> Tensor:
+        ctx.sink = sink
+        if sink is not None and ctx.needs_input_grad[1]:
+            sink.use()
         needs_grad = any(ctx.needs_input_grad[:2])
         whole = region.gather(x, "tensor/output")
         hidden = whole.flatten(0, 1)
@@ -98,7 +113,9 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total: Tensor):  # type: ignore[override]
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None, None
+        grad_x = grad_x * grad_total.to(grad_x.dtype)
+        delivered = ctx.sink is not None and ctx.sink.scaled(grad_weight, grad_total)
+        return grad_x, None if delivered else grad_weight * grad_total.to(grad_weight.dtype), None, None, None, None
 
 
 def _chunk_loss(

@@ -11,6 +11,7 @@ happened inside them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from shardwright.layout.flat import Member
 from shardwright.nn.parameters import Held, held_by
 from shardwright.optim.owned import Optimizer, OwnedTensor
 from shardwright.parallel.data import DataParallel
+from shardwright.parallel.sink import GradientSink, Write
 from shardwright.parallel.zero.residency import Stage
 from shardwright.parallel.zero.unit import Unit
 
@@ -83,6 +85,7 @@ class States:
         self._last = False
         self._in_backward = False
         self._active: dict[Unit, int] = dict.fromkeys(self.units, 0)
+        self._sinks = self._make_sinks(model)
         self._watch(blocks)
 
     # Hooks
@@ -93,7 +96,18 @@ class States:
             block.register_forward_hook(partial(self._after_forward, index))
         for unit in self.units:
             for slot, parameter in enumerate(unit.parameters):
-                parameter.register_post_accumulate_grad_hook(partial(self._arrive, unit, slot))
+                parameter.register_post_accumulate_grad_hook(partial(self._arrive_by_autograd, unit, slot))
+
+    def _make_sinks(self, model: nn.Module) -> list[GradientSink]:
+        """A sink for every parameter that one module alone has."""
+        holders = Counter(p for m in model.modules() for _, p in m.named_parameters(recurse=False))
+        sinks: list[GradientSink] = []
+        for unit in self.units:
+            for slot, parameter in enumerate(unit.parameters):
+                if holders[parameter] == 1:
+                    sinks.append(GradientSink(partial(self._arrive, unit, slot)))
+                    parameter.gradient_sink = sinks[-1]  # type: ignore[attr-defined]
+        return sinks
 
     def _before_forward(self, index: int, *_: Any) -> None:
         for unit in self._uses[index]:
@@ -127,12 +141,16 @@ class States:
             for unit in self._uses[index]:
                 unit.gather()
 
-    def _arrive(self, unit: Unit, slot: int, _parameter: Tensor) -> None:
+    def _arrive_by_autograd(self, unit: Unit, slot: int, parameter: Tensor) -> None:
+        if parameter.grad is not None:  # else the module has delivered it
+            self._arrive(unit, slot)
+
+    def _arrive(self, unit: Unit, slot: int, write: Write | None = None) -> None:
         if not self._in_backward:
             raise RuntimeError("a backward outside States.backward(): its gradients would not reach their owners")
         if unit in self._closed:
             raise RuntimeError(f"{unit.name}: a parameter is used outside its block's forward, before that")
-        unit.accumulate(slot)
+        unit.accumulate(slot, write)
         self._arrived[unit] = self._arrived.get(unit, 0) + 1
         if self._arrived[unit] == len(unit.parameters) and (self.stage.per_microbatch or self._last):
             unit.release()
@@ -162,6 +180,11 @@ class States:
         """Forget the last step's gradients."""
         for unit in self.units:
             unit.begin_step()
+
+    def begin_forward(self) -> None:
+        """A microbatch's forward begins."""
+        for sink in self._sinks:
+            sink.begin_forward()
 
     @contextmanager
     def backward(self, last: bool) -> Iterator[None]:

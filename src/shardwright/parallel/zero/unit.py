@@ -19,6 +19,7 @@ from shardwright.layout.flat import FlatLayout, Member, Slot
 from shardwright.nn.initial import fill
 from shardwright.optim.owned import OwnedTensor
 from shardwright.parallel.data import DataParallel
+from shardwright.parallel.sink import Write
 from shardwright.parallel.zero.residency import Residency, Stage
 
 
@@ -138,18 +139,19 @@ class Unit:
             gradient[begin:end].zero_()
         return gradient
 
-    def accumulate(self, index: int) -> None:
-        """Take the gradient that a backward left on the parameter in slot `index`: the first one of a step is written,
-        later ones are added."""
-        parameter, slot = self.parameters[index], self.layout.slots[index]
-        assert parameter.grad is not None
-        view = self._gradient_view(slot)
-        if self._written[index]:
-            view.add_(parameter.grad)
+    def accumulate(self, index: int, write: Write | None = None) -> None:
+        """Take a gradient of the parameter in slot `index`: the first one of a step is written, later ones are added.
+
+        `write` does so; without it the gradient is what a backward left on the parameter.
+        """
+        parameter, view = self.parameters[index], self._gradient_view(self.layout.slots[index])
+        if write is not None:
+            write(view, self._written[index])
         else:
-            view.copy_(parameter.grad)
-            self._written[index] = True
-        parameter.grad = None
+            assert parameter.grad is not None
+            (view.add_ if self._written[index] else view.copy_)(parameter.grad)
+            parameter.grad = None
+        self._written[index] = True
 
     def _gradient_view(self, slot: Slot) -> Tensor:
         self.finish_scatter()  # the last microbatch's sum may still be under way in this memory

@@ -1,0 +1,74 @@
+"""Note: gradients written where they are summed.
+
+The gradient of a matrix is a product of two matrices. Left to autograd it is computed into new memory and then copied
+into the unit's flat buffer, or added to it. A module that computes its own backward can have the product written into
+the buffer, or accumulated there, at once. That is right only while the parameter is used once in a microbatch: autograd
+knows when the last of several uses is done, and a module does not. A parameter that is seen to be used again goes back
+to autograd's way for good, before any backward of that microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Write = Callable[[Tensor, bool], None]
+"""Writes a gradient into a view of the buffer, or adds it to what is there."""
+
+
+class GradientSink:
+    """Takes the gradient of one parameter from the module that computes it."""
+
+    def __init__(self, deliver: Callable[[Write], None]) -> None:
+        self._deliver = deliver
+        self._uses = 0
+        self._reused = False
+
+    def begin_forward(self) -> None:
+        """A microbatch's forward begins."""
+        self._uses = 0
+
+    def use(self) -> None:
+        """The parameter is used in a forward whose backward will deliver its gradient."""
+        self._uses += 1
+        self._reused = self._reused or self._uses > 1
+
+    def product(self, a: Tensor, b: Tensor) -> bool:
+        """Take a @ b as the gradient; False where autograd has to."""
+        if self._reused:
+            return False
+
+        def write(view: Tensor, add: bool) -> None:
+            if view.dtype != a.dtype:
+                (view.add_ if add else view.copy_)(a @ b)
+            elif add:
+                view.addmm_(a, b)
+            else:
+                torch.mm(a, b, out=view)
+
+        self._deliver(write)
+        return True
+
+    def scaled(self, gradient: Tensor, scale: Tensor) -> bool:
+        """Take gradient * scale as the gradient; False where autograd has to."""
+        if self._reused:
+            return False
+        factor = scale.to(gradient.dtype)
+
+        def write(view: Tensor, add: bool) -> None:
+            if view.dtype != gradient.dtype:
+                (view.add_ if add else view.copy_)(gradient * factor)
+            elif add:
+                view.addcmul_(gradient, factor)
+            else:
+                torch.mul(gradient, factor, out=view)
+
+        self._deliver(write)
+        return True
+
+
+def sink_of(parameter: Tensor) -> GradientSink | None:
+    """The sink of a parameter that is laid out in a unit and belongs to one module alone."""
+    return getattr(parameter, "gradient_sink", None)
