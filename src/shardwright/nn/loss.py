@@ -23,8 +23,8 @@ def chunk_tokens(vocab: int, device_type: str) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:  # type: ignore[override]
+        needs_hidden, needs_weight = (needs_grad and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         # Chunks are summed in at least fp32: in bf16 the sum would lose bits that one product keeps.
         accumulate = torch.promote_types(weight.dtype, torch.float32)
@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return None if grad is None else grad * grad_total.to(grad.dtype)
 
         grad_hidden, grad_weight = ctx.saved_tensors
-        return scaled(grad_hidden), scaled(grad_weight), None
+        return scaled(grad_hidden), scaled(grad_weight), None, None
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -84,4 +84,5 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
     hidden [N, hidden], weight [vocab, hidden], targets int64 [N] with IGNORED (-1) where there is no loss.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[return-value]
+    # Inside the function gradients are always switched off: whether any is asked for is known here.
+    return _LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())  # type: ignore[return-value]

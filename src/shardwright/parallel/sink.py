@@ -70,5 +70,8 @@ class GradientSink:
 
 
 def sink_of(parameter: Tensor) -> GradientSink | None:
-    """The sink of a parameter that is laid out in a unit and belongs to one module alone."""
-    return getattr(parameter, "gradient_sink", None)
+    """The sink of a parameter that is in a unit and belongs to one module alone, where gradients are asked for.
+
+    To be called outside the autograd function: inside it gradients are always switched off.
+    """
+    return getattr(parameter, "gradient_sink", None) if torch.is_grad_enabled() else None

@@ -71,7 +71,8 @@ class VocabularyOutput(nn.Module):
     def forward(self, x_TBC: Tensor, targets_TB: Tensor) -> Tensor:
         """The sum of the loss over the targets that carry one, on the first rank of the axis; zero on the others."""
         targets = pad_positions(targets_TB, self.region, IGNORED).flatten()
-        arguments = (self.weight, targets, self.begin, self.region, sink_of(self.weight))
+        needs_grad = torch.is_grad_enabled()
+        arguments = (self.weight, targets, self.begin, self.region, sink_of(self.weight), needs_grad)
         return _VocabularyCrossEntropy.apply(x_TBC, *arguments)  # type: ignore[return-value]
 
 
@@ -85,11 +86,12 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         begin: int,
         region: Region,
         sink: GradientSink | None,
+        needs_grad: bool,
     ) -> Tensor:
         ctx.sink = sink
         if sink is not None and ctx.needs_input_grad[1]:
             sink.use()
-        needs_grad = any(ctx.needs_input_grad[:2])
+        needs_grad = needs_grad and any(ctx.needs_input_grad[:2])
         whole = region.gather(x, "tensor/output")
         hidden = whole.flatten(0, 1)
         accumulate = torch.promote_types(weight.dtype, torch.float32)
@@ -115,7 +117,8 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         grad_x = grad_x * grad_total.to(grad_x.dtype)
         delivered = ctx.sink is not None and ctx.sink.scaled(grad_weight, grad_total)
-        return grad_x, None if delivered else grad_weight * grad_total.to(grad_weight.dtype), None, None, None, None
+        grad_weight = None if delivered else grad_weight * grad_total.to(grad_weight.dtype)
+        return grad_x, grad_weight, None, None, None, None, None
 
 
 def _chunk_loss(
