@@ -104,7 +104,7 @@ def print_summary(
 
 def _memory_table(memory: Sequence[tuple[MemoryRecord, MemoryRecord]]) -> Table:
     """Estimated and measured bytes per category, the worst rank first."""
-    table = Table(box=None, padding=(0, 2), pad_edge=False, title_justify="left")
+    table = Table(box=None, padding=(0, 1), pad_edge=False, title_justify="left")
     table.title = "training state between microbatches"
     for heading in ("rank", "", "parameters", "gradients", "optimizer", "transfers", "total", "padding"):
         table.add_column(heading, justify="left" if heading in ("rank", "") else "right", no_wrap=True)
