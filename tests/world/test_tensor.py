@@ -13,12 +13,14 @@ from pool import Place, Pool
 
 from shardwright.errors import LayoutError
 from shardwright.layout.mesh import Topology
+from shardwright.optim.optimizers import make_optimizer
 from shardwright.parallel.compose import Runtime, compose
 from shardwright.parallel.tensor import linear, vocabulary
 from shardwright.parallel.zero import unit as units
 from shardwright.plan.plan import Plan
 from shardwright.plan.resolve import resolve
 from shardwright.spec.load import build
+from shardwright.train.ledger import estimated_memory, measured_memory
 from shardwright.verify.compare import BARS, KINDS, Comparison, compare
 from shardwright.verify.reference import trace_one_device
 from shardwright.verify.trace import read_traces, trace_layout, write_trace
@@ -298,3 +300,22 @@ def test_more_ranks_than_features_is_refused(pool: Pool) -> None:
     plan = plan_of(LLAMA | {"kv_heads": 4, "ffn": 3}, {"dp": 1, "tp": 4})
     assert "parallel.tp: 4 is more than the 3 outputs" in pool.run(4, too_narrow, plan)[0]
     assert Topology(tp=4).world_size == 4
+
+
+def ledger(place: Place, plan: Plan) -> tuple[int, int]:
+    """In a rank: bytes of state without padding, estimated and measured."""
+    runtime = compose(plan, place.mesh(plan.topology))
+    optimizer = make_optimizer(plan.spec.train, runtime.states.owned_tensors())
+    measured = measured_memory(runtime, optimizer, transient=False)
+    return estimated_memory(plan, runtime.mesh.rank).total, measured.total - measured.padding
+
+
+@pytest.mark.parametrize("family", [LLAMA, QWEN, GPT2], ids=["llama", "qwen", "gpt2"])
+@pytest.mark.parametrize(("tp", "kv_heads"), [(1, 4), (2, 3), (3, 4), (4, 1)])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_ledger_is_what_the_formula_says(
+    pool: Pool, family: dict[str, Any], tp: int, kv_heads: int, tied: bool
+) -> None:
+    plan = plan_of(family | {"kv_heads": kv_heads, "tied_embeddings": tied}, {"dp": 1, "tp": tp, "zero": 1})
+    for estimated, measured in pool.run(tp, ledger, plan):
+        assert estimated == measured

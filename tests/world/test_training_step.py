@@ -167,7 +167,20 @@ class Nested(Blocks):
         return [self.embedding, first, outer, outer.inner, last, self.output]
 
 
-MODELS = [Plain, Blocks, UnusedHere, UnusedEverywhere, SkippedBlock, Shared, UsedTwice, Nested]
+class Recurrent(Decoder):
+    """Shardwright's own layers, which write their gradients themselves, each used twice in a forward."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_plan().architecture)
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        x = self.embedding(tokens_BT)
+        for layer in (*self.layers, *self.layers):
+            x = layer(x)
+        return x
+
+
+MODELS = [Recurrent, Plain, Blocks, UnusedHere, UnusedEverywhere, SkippedBlock, Shared, UsedTwice, Nested]
 
 
 def write_own(place: Place, plan: Plan, kind: type[nn.Module], folder: Path) -> None:

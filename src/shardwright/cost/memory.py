@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from shardwright.layout.split import even_split, kv_heads_for
 from shardwright.record.records import MemoryRecord, Origin
+from shardwright.spec.architecture import Architecture
 from shardwright.units import Bytes
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 MOMENTS = {"adamw": 2, "sgd": 1}
+
+
+def held_parameters(a: Architecture, tp: int, index: int) -> int:
+    """Parameters that rank `index` of a `tp` axis has: its part of the matrices, and all of what is replicated."""
+
+    def part(length: int) -> int:
+        begin, end = even_split(length, tp, index)
+        return end - begin
+
+    d, ffn, words = a.head_dim, part(a.ffn), part(a.vocab)
+    first, last = kv_heads_for(a.heads, a.kv_heads, tp, index)
+    queries, qkv = part(a.heads) * d, (part(a.heads) + 2 * (last - first)) * d
+    products = 3 if a.activation == "swiglu" else 2
+    layer = a.hidden * (qkv + queries) + products * a.hidden * ffn + 2 * a.norm_parameters
+    layer += (2 * d if a.qk_norm else 0) + (qkv if a.bias or a.qkv_bias else 0)
+    layer += (2 * a.hidden + (products - 1) * ffn) if a.bias else 0
+    positions = a.max_positions * a.hidden if a.positions == "learned" else 0
+    ends = words * a.hidden * (1 if a.tied_embeddings else 2) + positions + a.norm_parameters
+    return a.layers * layer + ends
 
 
 def state_memory(

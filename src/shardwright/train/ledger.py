@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shardwright.cost.memory import state_memory
+from shardwright.cost.memory import held_parameters, state_memory
 from shardwright.layout.flat import FlatLayout
 from shardwright.optim.owned import Optimizer
 from shardwright.parallel.compose import Runtime
@@ -52,7 +52,7 @@ def estimated_memory(plan: Plan, rank: int) -> MemoryRecord:
     """The formula's value for a plan."""
     parallel = plan.spec.parallel
     return state_memory(
-        plan.architecture.num_parameters,
+        held_parameters(plan.architecture, plan.topology.tp, plan.topology.coordinate(rank).tp),
         zero=parallel.zero,
         owners=plan.topology.shard,
         dtype=plan.dtype,
