@@ -31,12 +31,14 @@ Step = Callable[[int], float]
 @dataclass(frozen=True)
 class Case:
     """One contender: `make(rank, world)` builds it in a rank. `precision` states parameters, gradients, reduction and
-    masters; `peer` names the case that it is compared with."""
+    masters; `peer` names the case that it is compared with. The step of a `modelled` case returns, instead of a loss,
+    the seconds that a step would take, worked out from what it measured."""
 
     name: str
     precision: str
     make: Callable[[int, int], Step]
     peer: str = ""
+    modelled: bool = False
 
 
 @dataclass
@@ -46,30 +48,50 @@ class Result:
     name: str
     precision: str
     peer: str
-    first_loss: float
+    first_loss: float | None
     seconds: list[float] = field(default_factory=list)
 
 
-def _rank(rank: int, world: int, store: str, cases: Sequence[Case], rounds: int, steps: int, out: str) -> None:
+@dataclass
+class Peak:
+    """The most memory that each rank of a case had resident, in bytes, and what it had before the case was made."""
+
+    name: str
+    before: list[int]
+    peak: list[int]
+
+
+def _join(rank: int, world: int, store: str) -> None:
+    """What every rank of every case does first."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     from shardwright.comm.memory import keep_freed_memory
 
     keep_freed_memory()  # for every case alike: the peers gain from it as well
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+
+
+def _seconds(case: Case, step: Step, indices: Sequence[int]) -> float:
+    """Mean seconds of these steps."""
+    dist.barrier()
+    began = time.perf_counter()
+    returned = [step(index) for index in indices]
+    dist.barrier()
+    return statistics.mean(returned) if case.modelled else (time.perf_counter() - began) / len(indices)
+
+
+def _rank(rank: int, world: int, store: str, cases: Sequence[Case], rounds: int, steps: int, out: str) -> None:
+    _join(rank, world, store)
     made = {case.name: case.make(rank, world) for case in cases}
     first = {name: step(0) for name, step in made.items()}
-    results = [Result(c.name, c.precision, c.peer, first[c.name]) for c in cases]
+    results = [Result(c.name, c.precision, c.peer, None if c.modelled else first[c.name]) for c in cases]
     for index in range(rounds + 1):  # the first round warms up
         order = range(len(cases)) if index % 2 else reversed(range(len(cases)))
         for i in order:
-            dist.barrier()
-            began = time.perf_counter()
-            for step in range(steps):
-                made[cases[i].name](index * steps + step + 1)
-            dist.barrier()
+            numbers = range(index * steps + 1, (index + 1) * steps + 1)
+            seconds = _seconds(cases[i], made[cases[i].name], numbers)
             if index:
-                results[i].seconds.append((time.perf_counter() - began) / steps)
+                results[i].seconds.append(seconds)
         if rank == 0 and sys.stderr.isatty():
             print(f"round {index}/{rounds}", file=sys.stderr)
     if rank == 0:
@@ -86,6 +108,35 @@ def race(cases: Sequence[Case], *, world: int, rounds: int, steps: int) -> list[
         return [Result(**row) for row in json.loads(Path(out).read_text())]
 
 
+def _resident(field_name: str) -> int:
+    """A field of /proc/self/status in bytes: VmRSS is what is resident now, VmHWM the most that ever was."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field_name}:"))
+
+
+def _peak_rank(rank: int, world: int, store: str, case: Case, steps: int, out: str) -> None:
+    _join(rank, world, store)
+    before = _resident("VmRSS")
+    step = case.make(rank, world)
+    for index in range(steps):
+        step(index)
+    Path(f"{out}.{rank}").write_text(json.dumps([before, _resident("VmHWM")]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def peaks(cases: Sequence[Case], *, world: int, steps: int = 2) -> list[Peak]:
+    """Peak resident memory of every case, each in fresh processes: the mark of a process cannot be set back."""
+    found = []
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            out = f"{folder}/peak"
+            mp.spawn(_peak_rank, (world, f"{folder}/store", case, steps, out), nprocs=world)  # type: ignore[no-untyped-call]
+            rows = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(world)]
+            found.append(Peak(case.name, [before for before, _ in rows], [peak for _, peak in rows]))
+    return found
+
+
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile."""
     if len(values) < 2:
@@ -97,26 +148,53 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def ratio(result: Result, results: Sequence[Result]) -> tuple[float, float, float] | None:
     """Quartiles of how many times faster a case is than its peer, round by round."""
     peer = next((other for other in results if other.name == result.peer), None)
-    if peer is None:
-        return None
-    return quartiles([theirs / ours for ours, theirs in zip(result.seconds, peer.seconds, strict=True)])
+    return None if peer is None else against(result, peer)
 
 
-def table(results: Sequence[Result], tokens_per_step: int) -> str:
-    """Medians with quartiles, and ratios by pairs, as a Markdown table."""
+def against(result: Result, other: Result) -> tuple[float, float, float]:
+    """Quartiles of how many times faster one case is than another, round by round."""
+    return quartiles([theirs / ours for ours, theirs in zip(result.seconds, other.seconds, strict=True)])
+
+
+def _shown(quotient: tuple[float, float, float] | None) -> str:
+    return "" if quotient is None else f"**{quotient[1]:.2f}** ({quotient[0]:.2f} to {quotient[2]:.2f})"
+
+
+def table(results: Sequence[Result], tokens_per_step: int, columns: Sequence[str] = ()) -> str:
+    """Medians with quartiles, and ratios by pairs, as a Markdown table.
+
+    Each case stands beside its own peer or, where `columns` name cases, beside each of these in a column of its own.
+    """
+    named = {result.name: result for result in results}
+    heads = [f"x {name}" for name in columns] or ["beside its peer"]
     lines = [
-        "| case | parameters / gradients / reduced in / masters | ms a step (quartiles) | tokens/s | beside its peer |",
-        "|---|---|---|---|---|",
+        f"| case | parameters / gradients / reduced in / masters | ms a step (quartiles) | tokens/s | {' | '.join(heads)} |",
+        "|---|---|---|---|" + "---|" * len(heads),
     ]
     for result in results:
         low, middle, high = quartiles(result.seconds)
-        beside = ""
-        if (pair := ratio(result, results)) is not None:
-            beside = f"**{pair[1]:.2f}** ({pair[0]:.2f} to {pair[2]:.2f}) x {result.peer}"
+        pair = _shown(ratio(result, results))
+        beside = [_shown(against(result, named[name])) if name != result.name else "" for name in columns]
+        beside = beside or [pair and f"{pair} x {result.peer}"]
         times = f"{middle * 1e3:.0f} ({low * 1e3:.0f} to {high * 1e3:.0f})"
         rate = f"{tokens_per_step / middle:,.0f}"
-        lines.append(f"| {result.name} | {result.precision} | {times} | {rate} | {beside} |")
+        lines.append(f"| {result.name} | {result.precision} | {times} | {rate} | {' | '.join(beside)} |")
     return "\n".join(lines)
+
+
+def memory_table(found: Sequence[Peak], peers: dict[str, str]) -> str:
+    """Peak resident memory by rank in MB, the worst rank beside that of the case's peer, as a Markdown table."""
+    worst = {peak.name: max(peak.peak) for peak in found}
+    ranks = range(len(found[0].peak))
+    heads = ["case", *(f"rank {rank}, MB" for rank in ranks), "worst beside its peer's"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for peak in found:
+        peer = peers.get(peak.name, "")
+        beside = f"**{worst[peak.name] / worst[peer]:.2f}** x {peer}" if peer in worst else ""
+        cells = [peak.name, *(f"{size / 1e6:.0f}" for size in peak.peak), beside]
+        lines.append("| " + " | ".join(cells) + " |")
+    before = max(size for peak in found for size in peak.before)
+    return "\n".join([*lines, "", f"Of this, up to {before / 1e6:.0f} MB were there before the case was made."])
 
 
 def environment(world: int) -> dict[str, Any]:
@@ -137,7 +215,15 @@ def environment(world: int) -> dict[str, Any]:
     }
 
 
-def write_record(name: str, command: str, results: Sequence[Result], world: int, tokens_per_step: int) -> Path:
+def write_record(
+    name: str,
+    command: str,
+    results: Sequence[Result],
+    world: int,
+    tokens_per_step: int,
+    columns: Sequence[str] = (),
+    memory: Sequence[Peak] = (),
+) -> Path:
     """Keep a run's figures beside the command that made them."""
     RECORDS.mkdir(exist_ok=True)
     path = RECORDS / f"{name}.json"
@@ -148,6 +234,10 @@ def write_record(name: str, command: str, results: Sequence[Result], world: int,
         "tokens_per_step": tokens_per_step,
         "results": [{**asdict(result), "beside_peer": ratio(result, results)} for result in results],
     }
+    text = f"`{command}`\n\n{table(results, tokens_per_step, columns)}\n"
+    if memory:
+        content["memory"] = [asdict(peak) for peak in memory]
+        text += f"\n{memory_table(memory, {result.name: result.peer for result in results})}\n"
     path.write_text(json.dumps(content, indent=1) + "\n")
-    path.with_suffix(".md").write_text(f"`{command}`\n\n{table(results, tokens_per_step)}\n")
+    path.with_suffix(".md").write_text(text)
     return path

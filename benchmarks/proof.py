@@ -1,6 +1,7 @@
 """Many layouts proved in one world of ranks, and the table of their errors.
 
     python -m benchmarks.proof tensor [--record]
+    python -m benchmarks.proof pipeline [--record]
 
 Every layout is compared with one device as `shardwright verify` does it: loss, gradients and parameters of 3 steps of
 clipped AdamW in fp64, with unequal numbers of target tokens. The exit code is 1 if any of them differs.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import sys
 import tempfile
 import time
@@ -18,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.harness import RECORDS, environment
 from shardwright.comm.job import Job
@@ -82,7 +86,44 @@ def tensor() -> Iterator[Layout]:
         yield Layout(family, model, {"global_batch_size": dp * microbatches}, parallel)
 
 
-MATRICES: dict[str, Callable[[], Iterator[Layout]]] = {"tensor": tensor}
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv")
+PIPELINE_LAYOUTS = 150
+
+
+def pipeline() -> Iterator[Layout]:
+    """150 layouts, each (dp, tp, pp) with product up to 8 among them, most with a pipeline; the rest is drawn."""
+    draw = random.Random(20)
+    triples = [
+        (dp, tp, pp) for pp in range(1, 9) for tp in range(1, 8 // pp + 1) for dp in range(1, 8 // (pp * tp) + 1)
+    ]
+    piped = [triple for triple in triples if triple[2] > 1]
+    every = [triple for triple in triples if triple[2] == 1] + piped
+    turns = itertools.chain(every, itertools.cycle(piped))
+    for turn, (dp, tp, pp) in enumerate(itertools.islice(turns, PIPELINE_LAYOUTS)):
+        yield drawn_layout(draw, dp, tp, pp, zero=turn % 4)
+
+
+def drawn_layout(draw: random.Random, dp: int, tp: int, pp: int, zero: int) -> Layout:
+    """Everything but the degrees and the ZeRO stage drawn at random, schedule and split included."""
+    heads = {5: 5, 7: 7}.get(tp, 24)
+    family = draw.choice(list(FAMILIES))
+    schedule = draw.choice(SCHEDULES) if pp > 1 else "1f1b"
+    virtual_stages = {"zbv": 2, "interleaved": draw.randint(1, 3)}.get(schedule, 1)
+    count = pp * virtual_stages
+    layers = count + draw.randint(0, 3)
+    parallel = {"dp": dp, "tp": tp, "pp": pp, "zero": zero, "sequence_parallel": draw.random() < 0.7}
+    parallel["dp_shard"] = draw.choice([n for n in range(1, dp + 1) if dp % n == 0])
+    parallel["zero_pipeline"] = draw.choice(("save_memory", "save_communication"))
+    parallel |= {"pipeline_schedule": schedule, "virtual_stages": virtual_stages}
+    if draw.random() < 0.5:
+        cuts = [0, *sorted(draw.sample(range(1, layers), count - 1)), layers]
+        parallel["stages"] = [end - begin for begin, end in itertools.pairwise(cuts)]
+    model = {**FAMILIES[family], "layers": layers, "heads": heads, "tied_embeddings": draw.random() < 0.5}
+    model["kv_heads"] = draw.choice([n for n in (1, 2, 3, 8, heads) if heads % n == 0])
+    return Layout(family, model, {"global_batch_size": dp * draw.randint(1, 9)}, parallel)
+
+
+MATRICES: dict[str, Callable[[], Iterator[Layout]]] = {"tensor": tensor, "pipeline": pipeline}
 
 
 def prove_all(layouts: list[Layout]) -> list[Proof]:
@@ -107,6 +148,7 @@ def _row(layout: Layout, proof: Proof) -> dict[str, Any]:
         "family": layout.family,
         **{name: layout.model.get(name) for name in ("heads", "kv_heads", "tied_embeddings")},
         **layout.parallel,
+        **({"stages": list(proof.plan.layers_per_stage)} if "pp" in layout.parallel else {}),
         "microbatches": proof.plan.num_microbatches,
         "passed": proof.passed,
         **errors,
@@ -130,6 +172,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="prove only every n-th layout")
     parser.add_argument("--record", action="store_true", help="keep the table under benchmarks/records/")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the one device's tensors are tiny
     began = time.perf_counter()
     layouts = list(MATRICES[arguments.matrix]())[:: arguments.every]
     proofs = prove_all(layouts)

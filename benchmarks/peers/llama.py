@@ -37,6 +37,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
+def register_rotations(module: nn.Module, a: Architecture, length: int) -> None:
+    """Give a module the buffers `cos` and `sin`, each [length, 1, head_dim / 2]."""
+    frequencies = a.rope_theta ** (-torch.arange(0, a.head_dim, 2, dtype=torch.float64) / a.head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)[:, None]
+    module.register_buffer("cos", angles.cos().float(), persistent=False)
+    module.register_buffer("sin", angles.sin().float(), persistent=False)
+
+
 class FeedForward(nn.Module):
     """SwiGLU."""
 
@@ -75,10 +83,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(a) for _ in range(a.layers))
         self.norm = nn.RMSNorm(a.hidden, a.norm_eps)
         self.output = nn.Linear(a.hidden, a.vocab, bias=False)
-        frequencies = a.rope_theta ** (-torch.arange(0, a.head_dim, 2, dtype=torch.float64) / a.head_dim)
-        angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)[:, None]
-        self.register_buffer("cos", angles.cos().float(), persistent=False)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        register_rotations(self, a, length)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, 0.0, a.init_std)

@@ -24,7 +24,7 @@ finally:
 """
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["verify"], ["data"], ["data", "prepare"]])
+@pytest.mark.parametrize("command", [[], ["plan"], ["train"], ["verify"], ["data"], ["data", "prepare"]])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", PROBE, *command, "--help"], capture_output=True, text=True, check=True)
     assert "Usage: shardwright" in done.stdout
@@ -47,7 +47,7 @@ def test_help_answers_in_time() -> None:
     assert min(seconds) < 0.4
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["verify"], ["data", "prepare"]])
+@pytest.mark.parametrize("command", [[], ["plan"], ["train"], ["verify"], ["data", "prepare"]])
 def test_help_shows_an_example(command: list[str]) -> None:
     done = CliRunner().invoke(app, [*command, "--help"])
     assert done.exit_code == 0

@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.cost.memory import state_memory
+from shardwright.cost.memory import held_parameters, state_memory
 from shardwright.record.records import MemoryRecord, Origin
+from shardwright.spec.architecture import Architecture, resolve_architecture
+from shardwright.spec.model import ModelSpec
+from shardwright.spec.presets import PRESETS
 
 P = 8 * 9 * 5 * 7 * 1000  # divides by every number of owners below
 
@@ -56,3 +59,28 @@ def test_more_owners_and_higher_stages_never_cost_more(zero: int, owners: int, p
 
     assert total(zero, owners + 1) <= total(zero, owners) + 3  # each category rounds
     assert total(min(zero + 1, 3), owners) <= total(zero, owners) + 3
+
+
+def architecture(preset: str, **fields: Any) -> Architecture:
+    return resolve_architecture(ModelSpec(preset=preset, **fields), sequence_length=512, tokenizer_vocab=257)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_rank_holds_the_model(preset: str) -> None:
+    a = architecture(preset)
+    assert held_parameters(a, 1, 0) == a.num_parameters
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_tied_matrix_counts_once_where_one_rank_has_both_ends(preset: str, tp: int) -> None:
+    a = architecture(preset)
+    if a.heads % tp:
+        return
+    for index in range(tp):
+        whole = held_parameters(a, tp, index)
+        first = held_parameters(a, tp, index, layers=1, head=False)
+        middle = held_parameters(a, tp, index, layers=a.layers - 2, embedding=False, head=False)
+        last = held_parameters(a, tp, index, layers=1, embedding=False)
+        words = (a.vocab * (index + 1) // tp - a.vocab * index // tp) * a.hidden
+        assert first + middle + last == whole + (words if a.tied_embeddings else 0)

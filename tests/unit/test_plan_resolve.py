@@ -7,7 +7,6 @@ from pydantic import ValidationError
 
 from shardwright.errors import LayoutError, RecipeError, ShardwrightError
 from shardwright.layout.mesh import Topology
-from shardwright.plan import supported
 from shardwright.plan.describe import describe
 from shardwright.plan.plan import Plan
 from shardwright.plan.resolve import resolve
@@ -42,12 +41,6 @@ def refusal(kind: type[ShardwrightError], **arguments) -> str:
     return str(caught.value)
 
 
-@pytest.fixture
-def everything_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resolves layouts whose techniques are not built yet."""
-    monkeypatch.setattr(supported, "NOT_BUILT", {})
-
-
 def test_defaults_on_two_ranks() -> None:
     made = plan(world_size=2)
     assert made.topology == Topology(replicate=1, pp=1, shard=2, tp=1)
@@ -64,7 +57,7 @@ def test_defaults_on_two_ranks() -> None:
     )
 
 
-def test_plan_is_frozen_and_survives_json(everything_built: None) -> None:
+def test_plan_is_frozen_and_survives_json() -> None:
     scaling = {"factor": 8.0, "original_max_positions": 64}
     parallel = {"dp_shard": 2, "pp": 2, "stages": [4, 2], "order": "tp,pp,shard,replicate"}
     made = plan(world_size=8, local_size=2, model={"rope_scaling": scaling}, parallel=parallel)
@@ -150,7 +143,7 @@ def test_warmup_that_does_not_fit_is_warned_about() -> None:
         (
             {"world_size": 6, "parallel": {"pp": 2, "tp": 2}},
             "parallel.dp: a world of 6 does not divide by parallel.pp x parallel.tp = 2 x 2\n"
-            "  nearest that works: a world of 4 or 8",
+            "  nearest that works: a world of 4 or 8, or parallel.pp = 1 or 3",
         ),
         (
             {"world_size": 3, "parallel": {"pp": 2, "tp": 2}},
@@ -181,31 +174,12 @@ def test_warmup_that_does_not_fit_is_warned_about() -> None:
             "  nearest that works: train.global_batch_size = 4",
         ),
         (
-            {"parallel": {"pipeline_schedule": "zbv", "pp": 2}},
-            "parallel.virtual_stages: 1, but zbv places two stages on each rank\n  what works: virtual_stages = 2",
+            {"model": {"ffn": 3}, "parallel": {"tp": 6}},
+            "parallel.tp: 6 is more than model.ffn = 3, of which each rank has a part\n  nearest that works: tp = 3",
         ),
         (
-            {"parallel": {"virtual_stages": 2}},
-            "parallel.virtual_stages: 2, but 1f1b places one stage on each rank\n"
-            '  what works: virtual_stages = 1, or pipeline_schedule = "interleaved"',
-        ),
-        (
-            {"parallel": {"pp": 8}},
-            "parallel.pp: 8 x 1 virtual stages are more than model.layers = 6\n  nearest that works: pp = 6",
-        ),
-        (
-            {"model": {"layers": 1}, "parallel": {"pp": 2, "virtual_stages": 2, "pipeline_schedule": "zbv"}},
-            "parallel.pp: 2 x 2 virtual stages are more than model.layers = 1\n  nearest that works: model.layers = 4",
-        ),
-        (
-            {"parallel": {"pp": 2, "stages": [2, 2, 2]}},
-            "parallel.stages: [2, 2, 2] names 3 stages, but pp x virtual_stages = 2\n"
-            "  what works: 2 numbers, e.g. stages = [3, 3]",
-        ),
-        (
-            {"parallel": {"pp": 2, "stages": [4, 3]}},
-            "parallel.stages: [4, 3] adds up to 7, but model.layers = 6\n"
-            "  what works: numbers that add up to 6, e.g. stages = [3, 3]",
+            {"model": {"vocab": 5}, "parallel": {"tp": 6}, "tokenizer_vocab": None},
+            "parallel.tp: 6 is more than model.vocab = 5, of which each rank has a part\n  nearest that works: tp = 4",
         ),
     ],
 )
@@ -247,7 +221,6 @@ def test_recipe_refusals(arguments: dict, message: str) -> None:
             {"model": {"init_from": "x"}},
             'model.init_from: "x" is not built yet\n  this version runs without model.init_from',
         ),
-        ({"parallel": {"pp": 2}}, "parallel.pp: 2 is not built yet\n  this version runs parallel.pp = 1"),
         (
             {"memory": {"recompute": "full"}},
             'memory.recompute: "full" is not built yet\n  this version runs memory.recompute = "none"',
@@ -262,16 +235,7 @@ def test_not_built_yet(sections: dict, message: str) -> None:
     assert refusal(LayoutError, **sections) == message
 
 
-def test_stages(everything_built: None) -> None:
-    made = plan(world_size=4, parallel={"pp": 4})
-    assert made.layers_per_stage == (2, 2, 1, 1)
-    assert made.decisions[-1] == "parallel.stages = [2, 2, 1, 1]: as even as the layers divide"
-    assert plan(parallel={"pp": 2, "stages": [2, 4]}).layers_per_stage == (2, 4)
-    interleaved = {"pp": 2, "virtual_stages": 3, "pipeline_schedule": "interleaved"}
-    assert plan(parallel=interleaved).layers_per_stage == (1,) * 6
-
-
-def test_groups_that_cross_nodes_are_warned_about(everything_built: None) -> None:
+def test_groups_that_cross_nodes_are_warned_about() -> None:
     shard = "parallel.dp_shard = 4: groups cross nodes of 2 ranks, where communication is slower"
     tp = "parallel.tp = 4: groups cross nodes of 2 ranks, where communication is slower"
     assert plan(world_size=4, local_size=2).warnings == (shard,)
@@ -288,13 +252,13 @@ def test_expected_vocab_stands_in_for_the_tokenizers() -> None:
     )
 
 
-def test_describe(everything_built: None) -> None:
+def test_describe() -> None:
     made = plan(world_size=8, local_size=4, parallel={"pp": 2, "dp_shard": 2})
     lines = describe(made)
     assert dict(lines) | {"decided": ""} == {
         "model": "714 k parameters: 6 layers, hidden 96, 12 heads (12 kv), ffn 256, vocab 257",
         "layout": "8 ranks: dp 4 (replicate 2 x shard 2) x pp 2 x tp 1 on cpu",
-        "stages": "3 + 3 layers",
+        "pipeline": "1f1b over 2 stages of 3 + 3 layers, 2 microbatches: bubble 34 % estimated",
         "batch": "16 sequences of 256 tokens = 4.1 k tokens; 2 microbatches of 2 on each data rank",
         "precision": "bf16, gradients fp32",
         "zero": "1: optimizer state sharded over 2 ranks",

@@ -51,11 +51,11 @@ class AllGroups(Groups):
             for ranks in combinations(range(SIZE), size):
                 group = dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT)
                 if isinstance(group, dist.ProcessGroup):
-                    self._made[ranks] = group
+                    self._made[ranks, ""] = group
 
-    def get(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    def get(self, ranks: tuple[int, ...], purpose: str = "") -> dist.ProcessGroup:
         """The group of these ranks, in whichever order they are named."""
-        return self._made[tuple(sorted(ranks))]
+        return self._made[tuple(sorted(ranks)), purpose]
 
 
 @dataclass

@@ -17,10 +17,11 @@ from shardwright.optim.optimizers import make_optimizer
 from shardwright.parallel.compose import Runtime, compose
 from shardwright.parallel.tensor import linear, vocabulary
 from shardwright.parallel.zero import unit as units
+from shardwright.plan.memory import estimated_memory
 from shardwright.plan.plan import Plan
 from shardwright.plan.resolve import resolve
 from shardwright.spec.load import build
-from shardwright.train.ledger import estimated_memory, measured_memory
+from shardwright.train.ledger import measured_memory
 from shardwright.verify.compare import BARS, KINDS, Comparison, compare
 from shardwright.verify.reference import trace_one_device
 from shardwright.verify.trace import read_traces, trace_layout, write_trace

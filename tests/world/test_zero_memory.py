@@ -17,10 +17,11 @@ from shardwright.data.dataset import Dataset
 from shardwright.data.samples import RandomSamples
 from shardwright.optim.optimizers import make_optimizer
 from shardwright.parallel.compose import compose
+from shardwright.plan.memory import estimated_memory
 from shardwright.plan.plan import Plan
 from shardwright.record.records import MemoryRecord
 from shardwright.train.batches import rank_batch
-from shardwright.train.ledger import estimated_memory, measured_memory
+from shardwright.train.ledger import measured_memory
 from shardwright.train.loop import TrainingLoop
 from shardwright.train.step import train_step
 

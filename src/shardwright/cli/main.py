@@ -9,6 +9,7 @@ import typer
 
 from shardwright import __version__
 from shardwright.cli.data import app as data
+from shardwright.cli.plan import plan
 from shardwright.cli.train import train
 from shardwright.cli.verify import verify
 from shardwright.errors import ShardwrightError
@@ -28,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(plan)
 app.command()(train)
 app.command()(verify)
 app.add_typer(data, name="data")

@@ -62,6 +62,11 @@ def _posted(work: dist.Work | None) -> dist.Work:
     return work
 
 
+def pending(*works: dist.Work | None) -> Handle:
+    """The handle of transfers that torch has under way."""
+    return _Pending([_posted(work) for work in works])
+
+
 def _others(axis: Axis) -> list[int]:
     """Positions of the other ranks, starting after this one, so that no rank is everybody's first target."""
     return [(axis.index + step) % axis.degree for step in range(1, axis.degree)]

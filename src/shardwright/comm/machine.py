@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
+
+from shardwright.plan.machine import cpu_computes_bf16
 
 
 def default_device() -> str:
@@ -16,8 +16,4 @@ def computes_bf16(device: str) -> bool:
     """Whether bf16 matrix products run on hardware made for them: tensor cores, AMX or AVX512-BF16."""
     if device == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return cpu_computes_bf16()

@@ -43,16 +43,16 @@ class Groups:
 
     def __init__(self, timeout: timedelta | None = None) -> None:
         self._timeout = timeout
-        self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._made: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
 
-    def get(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        """The group of these global ranks, in this order."""
-        if ranks not in self._made:
+    def get(self, ranks: tuple[int, ...], purpose: str = "") -> dist.ProcessGroup:
+        """The group of these global ranks, in this order; one for each purpose."""
+        if (ranks, purpose) not in self._made:
             # Local synchronisation: only members take part, so the cost does not grow with the world.
             group = dist.new_group(list(ranks), timeout=self._timeout, use_local_synchronization=True)
             assert isinstance(group, dist.ProcessGroup)
-            self._made[ranks] = group
-        return self._made[ranks]
+            self._made[ranks, purpose] = group
+        return self._made[ranks, purpose]
 
 
 class Mesh:
@@ -74,7 +74,7 @@ class Mesh:
         self.topology = topology
         self.device = device
         self.ledger = CommunicationLedger()
-        self._groups = groups if groups is not None else Groups()
+        self.groups = groups if groups is not None else Groups()
         self._ranks = tuple(ranks) if ranks is not None else tuple(range(topology.world_size))
         if rank is None:
             rank = dist.get_rank() if topology.world_size > 1 else self._ranks[0]
@@ -92,7 +92,7 @@ class Mesh:
     def axis(self, *names: str) -> Axis:
         """The ranks that differ from this one along the named axes, as one axis."""
         members = self.topology.group(names, self.rank)
-        group = self._groups.get(tuple(self._ranks[m] for m in members)) if len(members) > 1 else None
+        group = self.groups.get(tuple(self._ranks[m] for m in members)) if len(members) > 1 else None
         title = "world" if len(names) == len(self.topology.order) else "x".join(names) or "none"
         ranks = tuple(self._ranks[m] for m in members)
         return Axis(title, ranks, members.index(self.rank), group, self.ledger, self._direct)

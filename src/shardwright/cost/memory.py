@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from shardwright.layout.split import even_split, kv_heads_for
 from shardwright.record.records import MemoryRecord, Origin
 from shardwright.spec.architecture import Architecture
@@ -11,23 +13,36 @@ BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 MOMENTS = {"adamw": 2, "sgd": 1}
 
 
-def held_parameters(a: Architecture, tp: int, index: int) -> int:
-    """Parameters that rank `index` of a `tp` axis has: its part of the matrices, and all of what is replicated."""
+def held_parameters(
+    a: Architecture, tp: int, index: int, *, layers: int | None = None, embedding: bool = True, head: bool = True
+) -> int:
+    """Parameters that rank `index` of a `tp` axis has: its part of the matrices, and all of what is replicated.
+
+    Of a model cut into stages it holds `layers` (None: all), the embedding and the head with the final norm where its
+    stages have them. A tied matrix is held by both, once where one rank has both.
+    """
 
     def part(length: int) -> int:
         begin, end = even_split(length, tp, index)
         return end - begin
 
-    d, ffn, words = a.head_dim, part(a.ffn), part(a.vocab)
+    words = part(a.vocab) * a.hidden
+    total = (a.layers if layers is None else layers) * _held_of_layer(a, tp, index, part)
+    if embedding:
+        total += words + (a.max_positions * a.hidden if a.positions == "learned" else 0)
+    if head:
+        total += a.norm_parameters + (0 if embedding and a.tied_embeddings else words)
+    return total
+
+
+def _held_of_layer(a: Architecture, tp: int, index: int, part: Callable[[int], int]) -> int:
+    d, ffn = a.head_dim, part(a.ffn)
     first, last = kv_heads_for(a.heads, a.kv_heads, tp, index)
     queries, qkv = part(a.heads) * d, (part(a.heads) + 2 * (last - first)) * d
     products = 3 if a.activation == "swiglu" else 2
     layer = a.hidden * (qkv + queries) + products * a.hidden * ffn + 2 * a.norm_parameters
     layer += (2 * d if a.qk_norm else 0) + (qkv if a.bias or a.qkv_bias else 0)
-    layer += (2 * a.hidden + (products - 1) * ffn) if a.bias else 0
-    positions = a.max_positions * a.hidden if a.positions == "learned" else 0
-    ends = words * a.hidden * (1 if a.tied_embeddings else 2) + positions + a.norm_parameters
-    return a.layers * layer + ends
+    return layer + ((2 * a.hidden + (products - 1) * ffn) if a.bias else 0)
 
 
 def state_memory(

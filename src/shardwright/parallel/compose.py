@@ -2,35 +2,45 @@
 
 1. The model is built as one device would write it, without memory: nothing whole exists anywhere.
 2. Tensor parallelism replaces modules by a rank's part of them. It comes first, because it alone looks into modules.
-3. Units take the parameters, block by block, into flat buffers owned as the ZeRO stage says. This comes last among the
+3. Blocks are cut into stages, and the rank keeps those that the pipeline's placement gives it. This comes after the
+   division of modules, so that a parameter shared by two stages is divided alike on both, and before memory exists.
+4. Units take the parameters, block by block, into flat buffers owned as the ZeRO stage says. This comes last among the
    things that change modules, because a unit's buffer holds whatever parameters a rank is left with.
-4. Every owned element gets its initial value, by name and index, and is published.
-5. The executor gets the model and its states. It knows when a microbatch begins and ends; they know what to do then.
+5. Every owned element gets its initial value, by name and index, and is published.
+6. The executor gets the stages and their states. It knows when what begins and ends; they know what to do then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import nn
 
+from shardwright.comm.line import Line
 from shardwright.comm.mesh import Mesh
 from shardwright.nn.decoder import Decoder
 from shardwright.nn.dtypes import torch_dtype
 from shardwright.parallel.data import DataParallel
-from shardwright.parallel.pipeline import Pipeline
+from shardwright.parallel.pipeline import Pipeline, Program
+from shardwright.parallel.stage import Boundary, cut, shared_with
 from shardwright.parallel.tensor.apply import divide, table_of
 from shardwright.parallel.tensor.region import Region
-from shardwright.parallel.zero.residency import Stage
+from shardwright.parallel.zero.membership import Storage, refuse_outside
+from shardwright.parallel.zero.residency import ZeroStage
 from shardwright.parallel.zero.states import States
+from shardwright.plan.pipeline import placement_of, schedule_of
 from shardwright.plan.plan import Plan
+from shardwright.schedule.action import Schedule
+from shardwright.schedule.build import forward_only
+from shardwright.schedule.transfers import with_transfers
 
 
 @dataclass
 class Runtime:
-    """A plan made real on one rank."""
+    """A plan made real on one rank. Of `model`, the rank has memory for the blocks of its own stages alone."""
 
     plan: Plan
     mesh: Mesh
@@ -45,25 +55,36 @@ def compose(plan: Plan, mesh: Mesh, model: nn.Module | None = None) -> Runtime:
     A model of one's own is called as model(tokens, targets) and returns the sum of the loss over targets. It may have
     been built on the meta device; its values are made anew from `train.seed` in any case. If it has `blocks()`, a list
     of modules in the order of execution that together hold every parameter, each is a unit; else all of it is one. Its
-    `tensor_table()` says how it is divided over `tp`.
+    `tensor_table()` says how it is divided over `tp`. Over `pp` it is cut between blocks, and must be their chain: the
+    first is called with the tokens, the others with what the one before gave, [positions, sequences, hidden], and the
+    last with the targets beside it.
     """
     if model is None:
         with torch.device("meta"):
             model = Decoder(plan.architecture)
     region = Region(mesh.tp, plan.spec.parallel.sequence_parallel)
     divide(model, table_of(model, mesh.tp.degree), region)
-    stage = Stage(plan.spec.parallel.zero, plan.spec.parallel.zero_pipeline == "save_memory")
-    states = States(
-        model,
-        blocks_of(model),
-        stage,
-        DataParallel.of(mesh, stage.owns_state),
-        dtype=torch_dtype(plan.dtype),
-        grad_dtype=torch_dtype(plan.grad_dtype),
-        device=mesh.device,
-    )
+
+    blocks, line, placement = blocks_of(model), Line.of(mesh), placement_of(plan)
+    refuse_outside(model, blocks)
+    stages = cut(model, blocks, plan.layers_per_stage)
+    own = {stage.number: stage for stage in stages if placement[stage.number] == line.index}
+
+    zero = ZeroStage(plan.spec.parallel.zero, plan.spec.parallel.zero_pipeline == "save_memory")
+    data = DataParallel.of(mesh, zero.owns_state)
+    dtype = torch_dtype(plan.dtype)
+    storage = Storage(zero, data, dtype, torch_dtype(plan.grad_dtype), mesh.device)
+    shared = shared_with(stages, placement, line)
+    states = States(model, {number: stage.blocks for number, stage in own.items()}, storage, shared)
     states.initialise(plan.spec.train.seed)
-    return Runtime(plan, mesh, model, states, Pipeline(model, states))
+
+    program = Program(placement, cache(partial(schedule_of, plan)), cache(partial(_evaluation, placement)))
+    boundary = Boundary(region, plan.architecture.hidden, dtype, mesh.device)
+    return Runtime(plan, mesh, model, states, Pipeline(own, states, line, program, boundary))
+
+
+def _evaluation(placement: Sequence[int], num_microbatches: int) -> Schedule:
+    return with_transfers(forward_only(placement, num_microbatches))
 
 
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardwright.comm.line import Line
 from shardwright.comm.mesh import Axis, Mesh
 
 
@@ -33,3 +34,14 @@ class DataParallel:
     def degree(self) -> int:
         """Ranks that see different data."""
         return self.owners.degree * self.copies.degree
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A parameter that two stages of a pipeline use lives on the ranks of both, and `other` is the other's position.
+
+    Both hold the same share of it, sum its gradient, and so make the same update twice.
+    """
+
+    line: Line
+    other: int

@@ -1,47 +1,223 @@
-"""The executor: it runs a step's microbatches, forward and backward, in order. One stage is simply a loop."""
+"""Pipeline parallelism: the one executor, which runs a rank's actions of any schedule in their order.
+
+Note: what is kept between the actions of a microbatch. A forward leaves autograd's graph, its input, and nothing of its
+output: the backward starts at the output's edge in the graph, which needs no values, so the memory is free as soon as
+the output has been sent. A backward leaves the gradient of the input. Sends are waited for when the second one after
+them on the same link is due, so that two of them at most hold their memory; the schedule's validator proves that no rank
+would wait for ever even if each send had to be waited for at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from shardwright.parallel.zero.states import States
+from shardwright.comm.collectives import Handle
+from shardwright.comm.line import Line, receive, send
+from shardwright.parallel.stage import Boundary, Stage
+from shardwright.parallel.zero.states import Passage, States
+from shardwright.schedule.action import Action, Kind, Schedule
+
+Microbatch = tuple[Tensor, Tensor]
+"""Tokens and targets."""
+
+_SENDS_UNDER_WAY = 2
+
+
+@dataclass(frozen=True)
+class Program:
+    """Where each stage lives, and the schedule for a number of microbatches: of a step, and of an evaluation."""
+
+    placement: tuple[int, ...]
+    step: Callable[[int], Schedule]
+    evaluation: Callable[[int], Schedule]
 
 
 @dataclass
 class Pipeline:
     """Runs microbatches through the stages of this rank.
 
-    `between` is called after every microbatch but the last, when only what rests between them is in memory; the memory
-    ledger reads there.
+    `between` is called after every microbatch's backward but the last, when only what rests between them is in memory;
+    the memory ledger reads there.
     """
 
-    model: nn.Module
+    stages: Mapping[int, Stage]
     states: States
+    line: Line
+    program: Program
+    boundary: Boundary
     between: Callable[[], None] | None = None
 
-    def run(self, microbatches: Sequence[tuple[Tensor, Tensor]], scale: Tensor) -> Tensor:
-        """Forward and backward of each (tokens, targets); the sum of the losses times `scale`, a detached scalar."""
-        total = torch.zeros((), dtype=torch.float64, device=scale.device)
-        self.states.begin_step()
-        for index, (tokens, targets) in enumerate(microbatches):
-            self.states.begin_forward()
-            loss = self.model(tokens, targets) * scale
-            with self.states.backward(last=index == len(microbatches) - 1):
-                loss.backward()
-            total += loss.detach()
-            if self.between is not None and index < len(microbatches) - 1:
-                self.states.settle()
-                self.between()
-        return total
+    def run(self, microbatches: Sequence[Microbatch], scale: Tensor) -> Tensor:
+        """Forward and backward of each (tokens, targets); the sum of the losses times `scale`, a detached scalar.
 
-    def evaluate(self, microbatches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The sum of the losses of each (tokens, targets), fp64, without gradients."""
-        total = torch.zeros((), dtype=torch.float64)
+        It is zero on ranks that do not have the last stage.
+        """
+        self.states.begin_step(len(microbatches))
+        actions = self.program.step(len(microbatches)).actions[self.line.index]
+        execution = Execution(self, microbatches, scale)
+        left = sum(action.kind in (Kind.BACKWARD, Kind.WEIGHT) for action in actions)
+        for index, action in enumerate(actions):
+            execution.perform(action, _following(actions, index))
+            if action.kind in (Kind.BACKWARD, Kind.WEIGHT):
+                left -= 1
+                if left and self.between is not None:
+                    self.states.settle()
+                    self.between()
+        execution.finish()
+        return execution.total
+
+    def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        """The sum of the losses of each (tokens, targets), fp64, without gradients; zero as `run`'s."""
+        one = torch.ones((), dtype=torch.float64, device=self.boundary.device)
+        execution = Execution(self, microbatches, one)
         with torch.no_grad():
-            for tokens, targets in microbatches:
-                total = total + self.model(tokens, targets).double().to(total.device)
-        return total
+            for action in self.program.evaluation(len(microbatches)).actions[self.line.index]:
+                execution.perform(action, None)
+        execution.finish()
+        return execution.total
+
+
+def _following(actions: Sequence[Action], index: int) -> Action | None:
+    """The next action that computes."""
+    return next((action for action in actions[index + 1 :] if action.kind.computes), None)
+
+
+@dataclass
+class _Kept:
+    """What the forward of a microbatch leaves for its backward."""
+
+    passage: Passage
+    input: Tensor
+    output: GradientEdge
+
+
+@dataclass
+class Execution:
+    """One run of a rank's actions over some microbatches. Keys are (stage, microbatch)."""
+
+    pipeline: Pipeline
+    microbatches: Sequence[Microbatch]
+    scale: Tensor
+    total: Tensor = field(init=False)
+    _kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)
+    _halves: dict[tuple[int, int], Passage] = field(default_factory=dict)
+    _inputs: dict[tuple[int, int], tuple[Tensor, Handle | None]] = field(default_factory=dict)
+    _gradients: dict[tuple[int, int], tuple[Tensor, Handle | None]] = field(default_factory=dict)
+    _sends: dict[int, deque[Handle]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.total = torch.zeros((), dtype=torch.float64, device=self.pipeline.boundary.device)
+
+    @cached_property
+    def _perform(self) -> dict[Kind, Callable[[int, int], None]]:
+        return {
+            Kind.BACKWARD: self._backward,
+            Kind.INPUT: self._input_gradient,
+            Kind.WEIGHT: self._weight_gradient,
+            Kind.SEND_OUTPUT: self._send_output,
+            Kind.SEND_GRADIENT: self._send_gradient,
+            Kind.RECEIVE_INPUT: self._receive_input,
+            Kind.RECEIVE_GRADIENT: self._receive_gradient,
+        }
+
+    def perform(self, action: Action, following: Action | None) -> None:
+        """Do one action. `following` is the next that computes: what it needs first is gathered under the waiting."""
+        stage, microbatch = action.stage, action.microbatch
+        if action.kind is Kind.FORWARD:
+            after = (Kind.BACKWARD, Kind.INPUT)
+            stays = following is not None and following.kind in after and following.stage == stage
+            self._forward(stage, microbatch, stays and following is not None and following.microbatch == microbatch)
+        else:
+            self._perform[action.kind](stage, microbatch)
+        if action.kind.computes and following is not None and following.kind is not Kind.WEIGHT:
+            self.pipeline.states.prefetch(following.stage, backward=following.kind is not Kind.FORWARD)
+
+    def finish(self) -> None:
+        """Wait for the sends that are still under way."""
+        for handles in self._sends.values():
+            for handle in handles:
+                handle.wait()
+        self._sends = {}
+
+    def _forward(self, number: int, microbatch: int, stays: bool) -> None:
+        stage, (tokens, targets) = self.pipeline.stages[number], self.microbatches[microbatch]
+        if stage.is_first:
+            x = tokens
+        else:
+            x = _arrived(self._inputs.pop((number, microbatch)))
+            x.requires_grad_(torch.is_grad_enabled())
+        with self.pipeline.states.forward(number, stays=stays) as passage:
+            y = stage(x, targets)
+        if stage.is_last:
+            y = y * self.scale
+            self.total += y.detach()
+        if torch.is_grad_enabled():
+            self._kept[number, microbatch] = _Kept(passage, x, get_gradient_edge(y))
+        if not stage.is_last:
+            self._inputs[number + 1, microbatch] = (y.detach(), None)
+
+    def _backward(self, number: int, microbatch: int) -> None:
+        kept = self._kept.pop((number, microbatch))
+        with self.pipeline.states.backward(kept.passage):
+            self._differentiate(number, microbatch, kept)
+
+    def _input_gradient(self, number: int, microbatch: int) -> None:
+        kept = self._kept.pop((number, microbatch))
+        with self.pipeline.states.input_gradient(kept.passage):
+            self._differentiate(number, microbatch, kept)
+        self._halves[number, microbatch] = kept.passage
+
+    def _weight_gradient(self, number: int, microbatch: int) -> None:
+        self.pipeline.states.weight_gradient(self._halves.pop((number, microbatch)))
+
+    def _differentiate(self, number: int, microbatch: int, kept: _Kept) -> None:
+        stage = self.pipeline.stages[number]
+        if stage.is_last:
+            gradient = torch.ones((), dtype=self.scale.dtype, device=self.scale.device)
+        else:
+            gradient = _arrived(self._gradients.pop((number, microbatch)))
+        torch.autograd.backward([kept.output], [gradient])
+        if not stage.is_first:
+            assert kept.input.grad is not None, "the stage's output does not depend on its input"
+            self._gradients[number - 1, microbatch] = (kept.input.grad, None)
+            kept.input.grad = None
+
+    def _send_output(self, number: int, microbatch: int) -> None:
+        tensor, _ = self._inputs.pop((number + 1, microbatch))
+        self._send(tensor, number + 1, "pipeline/activation")
+
+    def _send_gradient(self, number: int, microbatch: int) -> None:
+        tensor, _ = self._gradients.pop((number - 1, microbatch))
+        self._send(tensor, number - 1, "pipeline/gradient")
+
+    def _send(self, tensor: Tensor, to: int, reason: str) -> None:
+        position = self.pipeline.program.placement[to]
+        under_way = self._sends.setdefault(position, deque())
+        if len(under_way) >= _SENDS_UNDER_WAY:
+            under_way.popleft().wait()
+        under_way.append(send(tensor.contiguous(), self.pipeline.line, position, reason=reason))
+
+    def _receive_input(self, number: int, microbatch: int) -> None:
+        self._inputs[number, microbatch] = self._receive(microbatch, number - 1, "pipeline/activation")
+
+    def _receive_gradient(self, number: int, microbatch: int) -> None:
+        self._gradients[number, microbatch] = self._receive(microbatch, number + 1, "pipeline/gradient")
+
+    def _receive(self, microbatch: int, source: int, reason: str) -> tuple[Tensor, Handle]:
+        tensor = self.pipeline.boundary.empty(self.microbatches[microbatch][0])
+        line = self.pipeline.line
+        return tensor, receive(tensor, line, self.pipeline.program.placement[source], reason=reason)
+
+
+def _arrived(item: tuple[Tensor, Handle | None]) -> Tensor:
+    tensor, handle = item
+    if handle is not None:
+        handle.wait()
+    return tensor

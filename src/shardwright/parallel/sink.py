@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Write = Callable[[Tensor, bool], None]
 """Writes a gradient into a view of the buffer, or adds it to what is there."""
@@ -75,3 +75,8 @@ def sink_of(parameter: Tensor) -> GradientSink | None:
     To be called outside the autograd function: inside it gradients are always switched off.
     """
     return getattr(parameter, "gradient_sink", None) if torch.is_grad_enabled() else None
+
+
+def defers(module: nn.Module) -> bool:
+    """Whether a module delivers its weight gradient as a product of two matrices, which can be made later."""
+    return getattr(module, "delivers_product", False)

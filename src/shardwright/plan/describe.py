@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from shardwright.plan.pipeline import timeline_of
 from shardwright.plan.plan import Plan
+from shardwright.plan.stages import MOST_STAGES_SHOWN
 from shardwright.units import format_count
 
 _ZERO = {
@@ -35,8 +37,8 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         ("zero", _ZERO[zero] + shards),
         ("train", f"{train.steps} steps of {train.optimizer}, lr {train.lr:g} {train.lr_schedule}"),
     ]
-    if len(plan.layers_per_stage) > 1:
-        lines.insert(2, ("stages", " + ".join(map(str, plan.layers_per_stage)) + " layers"))
+    if plan.topology.pp > 1:
+        lines.insert(2, ("pipeline", pipeline(plan)))
     lines += [("decided", decision) for decision in plan.decisions]
     return lines + [("warning", warning) for warning in plan.warnings]
 
@@ -46,3 +48,20 @@ def layout(plan: Plan) -> str:
     mesh = plan.topology
     ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
     return f"{ranks}: dp {mesh.dp} (replicate {mesh.replicate} x shard {mesh.shard}) x pp {mesh.pp} x tp {mesh.tp}"
+
+
+def pipeline(plan: Plan) -> str:
+    """The pipeline in words: "1f1b over 2 stages of 5 + 3 layers, 8 microbatches: bubble 11 % estimated"."""
+    pp, count = plan.topology.pp, len(plan.layers_per_stage)
+    over = f"{count} stages" if plan.virtual_stages == 1 else f"{pp} ranks x {plan.virtual_stages} stages"
+    whole = count <= MOST_STAGES_SHOWN
+    layers = " + ".join(map(str, plan.layers_per_stage)) if whole else _between(plan.layers_per_stage)
+    microbatches = "1 microbatch" if plan.num_microbatches == 1 else f"{plan.num_microbatches} microbatches"
+    bubble = f"bubble {timeline_of(plan).bubble:.0%} estimated".replace("%", " %")
+    return f"{plan.spec.parallel.pipeline_schedule} over {over} of {layers} layers, {microbatches}: {bubble}"
+
+
+def _between(counts: tuple[int, ...]) -> str:
+    """The least and the most layers of a stage: "7 to 8"."""
+    least, most = min(counts), max(counts)
+    return str(least) if least == most else f"{least} to {most}"

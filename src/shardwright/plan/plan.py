@@ -45,6 +45,11 @@ class Plan(Section):
     warnings: tuple[str, ...]
 
     @property
+    def virtual_stages(self) -> int:
+        """Stages on each rank of the pipeline."""
+        return len(self.layers_per_stage) // self.topology.pp
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of a global batch."""
         return self.spec.train.global_batch_size * self.sequence_length

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from shardwright.errors import LayoutError, RecipeError
 from shardwright.plan.plan import Device, Plan
+from shardwright.plan.stages import resolve_stages
 from shardwright.plan.supported import check_supported
 from shardwright.plan.world import crossings, resolve_topology
 from shardwright.spec.architecture import Architecture, architecture_notes, nearest_divisors, resolve_architecture
-from shardwright.spec.parallel import ParallelSpec
 from shardwright.spec.spec import Spec
 from shardwright.spec.train import Dtype, TrainSpec
 
@@ -36,10 +36,10 @@ def resolve(
     )
     architecture.check_sequence_length(train.sequence_length)
     _check_device(spec, device)
-    _check_heads(architecture, spec.parallel)
+    _check_tensor_parallel(architecture, spec.parallel.tp)
     topology, decisions = resolve_topology(spec, world_size)
     num_microbatches = _num_microbatches(train, topology.dp)
-    layers_per_stage = _split_layers(architecture.layers, spec.parallel)
+    stages = resolve_stages(architecture, spec, topology, world_size)
     dtype, grad_dtype, notes, warnings = _dtypes(train, device, native_bf16)
     check_supported(spec)
     if spec.run.device == "auto":
@@ -56,11 +56,12 @@ def resolve(
         grad_dtype=grad_dtype,
         sequence_length=train.sequence_length,
         num_microbatches=num_microbatches,
-        layers_per_stage=layers_per_stage,
-        decisions=(*decisions, *notes, *_stage_notes(spec.parallel, layers_per_stage)),
+        layers_per_stage=stages.layers_per_stage,
+        decisions=(*decisions, *notes, *stages.decisions),
         warnings=(
             *warnings,
             *_schedule_warnings(train),
+            *stages.warnings,
             *architecture_notes(spec.model),
             *(crossings(topology, local_size) if local_size else ()),
         ),
@@ -84,13 +85,22 @@ def _schedule_warnings(train: TrainSpec) -> tuple[str, ...]:
     return (f"train.warmup_steps = {train.warmup_steps} do not fit into train.steps = {train.steps}{beside}",)
 
 
-def _check_heads(architecture: Architecture, parallel: ParallelSpec) -> None:
-    heads, tp = architecture.heads, parallel.tp
+def _check_tensor_parallel(architecture: Architecture, tp: int) -> None:
+    """Heads divide by tp; the feed-forward and the vocabulary are cut into parts of any size, but none empty."""
+    heads = architecture.heads
     if heads % tp:
         raise LayoutError(
             f"parallel.tp: {tp} does not divide model.heads = {heads}",
             f"nearest that works: tp = {nearest_divisors(heads, tp)}",
         )
+    most = min(architecture.ffn, architecture.vocab)
+    for field, size in (("ffn", architecture.ffn), ("vocab", architecture.vocab)):
+        if tp > size:
+            works = max(degree for degree in range(1, most + 1) if heads % degree == 0)
+            raise LayoutError(
+                f"parallel.tp: {tp} is more than model.{field} = {size}, of which each rank has a part",
+                f"nearest that works: tp = {works}",
+            )
 
 
 def _num_microbatches(train: TrainSpec, dp: int) -> int:
@@ -106,52 +116,6 @@ def _num_microbatches(train: TrainSpec, dp: int) -> int:
         f"train.global_batch_size: {batch} is not divisible by dp x train.micro_batch_size = {dp} x {micro}",
         f"nearest that works: {', or '.join(ways)}",
     )
-
-
-def _split_layers(layers: int, parallel: ParallelSpec) -> tuple[int, ...]:
-    """Layers of each virtual stage in the order of the model."""
-    virtual, schedule = parallel.virtual_stages, parallel.pipeline_schedule
-    if schedule == "zbv" and virtual != 2:
-        raise LayoutError(
-            f"parallel.virtual_stages: {virtual}, but zbv places two stages on each rank",
-            "what works: virtual_stages = 2",
-        )
-    if schedule not in ("zbv", "interleaved") and virtual != 1:
-        raise LayoutError(
-            f"parallel.virtual_stages: {virtual}, but {schedule} places one stage on each rank",
-            'what works: virtual_stages = 1, or pipeline_schedule = "interleaved"',
-        )
-    count = parallel.pp * virtual
-    if layers < count:
-        raise LayoutError(
-            f"parallel.pp: {parallel.pp} x {virtual} virtual stages are more than model.layers = {layers}",
-            "nearest that works: " + (f"pp = {layers // virtual}" if layers >= virtual else f"model.layers = {count}"),
-        )
-    if parallel.stages == "auto":
-        return tuple(layers // count + (stage < layers % count) for stage in range(count))
-    _check_stages(parallel.stages, layers, count)
-    return parallel.stages
-
-
-def _check_stages(stages: tuple[int, ...], layers: int, count: int) -> None:
-    shown = list(stages)
-    even = [layers // count + (stage < layers % count) for stage in range(count)]
-    if len(stages) != count:
-        raise LayoutError(
-            f"parallel.stages: {shown} names {len(stages)} stages, but pp x virtual_stages = {count}",
-            f"what works: {count} numbers, e.g. stages = {even}",
-        )
-    if sum(stages) != layers:
-        raise LayoutError(
-            f"parallel.stages: {shown} adds up to {sum(stages)}, but model.layers = {layers}",
-            f"what works: numbers that add up to {layers}, e.g. stages = {even}",
-        )
-
-
-def _stage_notes(parallel: ParallelSpec, layers_per_stage: tuple[int, ...]) -> tuple[str, ...]:
-    if parallel.stages != "auto" or len(layers_per_stage) == 1:
-        return ()
-    return (f"parallel.stages = {list(layers_per_stage)}: as even as the layers divide",)
 
 
 def _dtypes(train: TrainSpec, device: Device, native_bf16: bool) -> tuple[Dtype, Dtype, list[str], list[str]]:

@@ -9,7 +9,6 @@ from shardwright.spec.spec import Spec
 
 NOT_BUILT: dict[str, Any] = {
     "model.init_from": "",
-    "parallel.pp": 1,
     "memory.recompute": "none",
     "memory.offload": "none",
 }

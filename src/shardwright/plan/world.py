@@ -79,9 +79,12 @@ def _fill(world_size: int | None, pp: int, tp: int) -> int:
     if world_size % (pp * tp):
         below = world_size // (pp * tp) * pp * tp
         worlds = [str(size) for size in (below, below + pp * tp) if size]
+        ways = [f"a world of {' or '.join(worlds)}"]
+        if world_size % tp == 0:
+            ways.append(f"parallel.pp = {nearest_divisors(world_size // tp, pp)}")
         raise LayoutError(
             f"parallel.dp: a world of {world_size} does not divide by parallel.pp x parallel.tp = {pp} x {tp}",
-            f"nearest that works: a world of {' or '.join(worlds)}",
+            f"nearest that works: {', or '.join(ways)}",
         )
     return world_size // (pp * tp)
 

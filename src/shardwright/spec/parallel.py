@@ -21,7 +21,7 @@ class ParallelSpec(Section):
     dp_shard: Positive | Auto = "auto"  # auto: all of dp
     zero_pipeline: Literal["save_memory", "save_communication"] = "save_memory"
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zbv"] = "1f1b"
-    virtual_stages: Positive = 1  # per rank; zbv means 2
+    virtual_stages: Positive = 1  # stages of each rank, with interleaved; zbv means 2
     stages: Annotated[tuple[Positive, ...], Field(min_length=1)] | Auto = "auto"  # layers per virtual stage
     sequence_parallel: bool = True
     order: str = "replicate,pp,shard,tp"  # of the mesh's axes, outer to inner

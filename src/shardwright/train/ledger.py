@@ -1,14 +1,15 @@
-"""The memory ledger of a rank: live tensors of training state, counted by category, beside the formula's value."""
+"""The memory ledger of a rank: live tensors of training state, counted by category.
+
+`plan.memory.estimated_memory` is what they are shown beside.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from shardwright.cost.memory import held_parameters, state_memory
 from shardwright.layout.flat import FlatLayout
 from shardwright.optim.owned import Optimizer
 from shardwright.parallel.compose import Runtime
-from shardwright.plan.plan import Plan
 from shardwright.record.records import MemoryRecord, Origin
 from shardwright.units import Bytes
 
@@ -45,19 +46,4 @@ def measured_memory(runtime: Runtime, optimizer: Optimizer, *, transient: bool) 
         optimizer=Bytes(totals["optimizer"]),
         communication=Bytes(totals["communication"]),
         padding=Bytes(padding),
-    )
-
-
-def estimated_memory(plan: Plan, rank: int) -> MemoryRecord:
-    """The formula's value for a plan."""
-    parallel = plan.spec.parallel
-    return state_memory(
-        held_parameters(plan.architecture, plan.topology.tp, plan.topology.coordinate(rank).tp),
-        zero=parallel.zero,
-        owners=plan.topology.shard,
-        dtype=plan.dtype,
-        grad_dtype=plan.grad_dtype,
-        optimizer=plan.spec.train.optimizer,
-        per_microbatch=parallel.zero_pipeline == "save_memory" or plan.num_microbatches == 1,
-        rank=rank,
     )

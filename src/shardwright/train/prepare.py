@@ -15,6 +15,7 @@ from rich.progress import Progress
 from shardwright.comm.machine import computes_bf16
 from shardwright.data.dataset import Dataset, open_dataset
 from shardwright.data.prepare import Progress as Report
+from shardwright.plan.machine import num_cores
 from shardwright.plan.plan import Plan
 from shardwright.plan.resolve import resolve
 from shardwright.plan.world import local_world_size
@@ -80,11 +81,6 @@ def plan_for(spec: Spec, world_size: int, device: str, vocab: int | None) -> Pla
         tokenizer_vocab=vocab,
         local_size=int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None,
     )
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _open_showing_progress(spec: Spec) -> Dataset:

@@ -17,12 +17,12 @@ from shardwright.errors import DataError
 from shardwright.layout.mesh import Topology
 from shardwright.optim.optimizers import make_optimizer
 from shardwright.parallel.compose import compose
+from shardwright.plan.memory import estimated_memory
 from shardwright.plan.plan import Plan
 from shardwright.record.records import MemoryRecord, StepRecord, ValidationRecord
 from shardwright.record.store import JsonLines, read_json, write_json
 from shardwright.train.console import ConsoleProgress, print_summary
 from shardwright.train.directory import RunDirectory
-from shardwright.train.ledger import estimated_memory
 from shardwright.train.loop import Observer, Outcome, TrainingLoop
 from shardwright.train.prepare import Prepared, open_data, prepare_run
 

@@ -15,12 +15,13 @@ from shardwright.comm.job import Job
 from shardwright.comm.launch import launch
 from shardwright.errors import LayoutError
 from shardwright.plan.describe import layout
+from shardwright.plan.machine import num_cores
 from shardwright.plan.plan import Plan
 from shardwright.plan.world import local_world_size
 from shardwright.record.store import write_json
 from shardwright.spec.load import load
 from shardwright.spec.spec import Spec
-from shardwright.train.prepare import num_cores, plan_for
+from shardwright.train.prepare import plan_for
 from shardwright.verify.console import print_report, print_shrunk
 from shardwright.verify.proof import Proof, prove
 from shardwright.verify.shrink import shrink

@@ -106,6 +106,8 @@ class SharedRows:
 class ColwiseLinear(nn.Module):
     """A rank's rows of a linear layer: [positions between products, B, inputs] to [all positions, B, own outputs]."""
 
+    delivers_product = True
+
     def __init__(
         self,
         weight: nn.Parameter,
@@ -132,6 +134,8 @@ class RowwiseLinear(nn.Module):
 
     The bias is whole on every rank and added once, to the sum.
     """
+
+    delivers_product = True
 
     def __init__(
         self, weight: nn.Parameter, bias: nn.Parameter | None, declaration: Declaration, region: Region

@@ -18,7 +18,7 @@ class Residency(StrEnum):
 
 
 @dataclass(frozen=True)
-class Stage:
+class ZeroStage:
     """What a ZeRO stage shards (Rajbhandari et al. 2020, section 5), as three facts.
 
     `per_microbatch` says whether stages 2 and 3 return to their resting state after every microbatch

@@ -1,6 +1,6 @@
 """A unit: parameters that are communicated together, in one flat buffer of which every owner has one contiguous range.
 
-Note: one rule, four stages. A ZeRO stage only says what a rank keeps between uses (`Stage`). The buffers, the owned
+Note: one rule, four stages. A ZeRO stage only says what a rank keeps between uses (`ZeroStage`). The buffers, the owned
 range and the collectives are the same for all four: gradients are summed into their owner's range, owners update their
 range, owners' ranges are gathered into whole parameters. Parameters and gradients are views of the buffers, so the
 collectives need no copies. Where there is one owner its range is the whole buffer, and nothing is ever moved.
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.comm.collectives import DONE, Handle, all_gather, all_reduce, reduce_scatter, share
+from shardwright.comm.line import exchange_sum
 from shardwright.layout.box import Piece
 from shardwright.layout.flat import FlatLayout, Member, Slot
 from shardwright.nn.initial import fill
 from shardwright.optim.owned import OwnedTensor
-from shardwright.parallel.data import DataParallel
+from shardwright.parallel.data import DataParallel, Twin
 from shardwright.parallel.sink import Write
-from shardwright.parallel.zero.residency import Residency, Stage
+from shardwright.parallel.zero.residency import Residency, ZeroStage
 
 
 class Unit:
@@ -33,14 +34,15 @@ class Unit:
         self,
         name: str,
         members: Sequence[Member],
-        stage: Stage,
+        stage: ZeroStage,
         data: DataParallel,
         *,
         dtype: torch.dtype,
         grad_dtype: torch.dtype,
         device: torch.device,
+        twin: Twin | None = None,
     ) -> None:
-        self.name, self.stage, self.data = name, stage, data
+        self.name, self.stage, self.data, self.twin = name, stage, data, twin
         self.layout = FlatLayout.of(members, data.degree)
         self.grad_dtype = grad_dtype
         owners = data.owners
@@ -200,6 +202,8 @@ class Unit:
         self.finish_scatter()
         self._summing.wait()
         self._summing = DONE
+        if self.twin is not None:
+            exchange_sum(self.owned_gradient, self.twin.line, self.twin.other, reason="pipeline/tied").wait()
         if self.residency is Residency.GATHERING:
             self.need()
 

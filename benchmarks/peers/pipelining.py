@@ -1,0 +1,128 @@
+"""torch.distributed.pipelining on the model of the races, as a user who reads its documentation would run it.
+
+The stages state the shapes of their inputs and outputs, so that no microbatch is run to find them; outputs are not kept
+(`return_outputs=False`); the loss is a sum divided by the step's targets, so that gradients need no scaling afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+from torch.nn import functional as F
+
+from benchmarks.harness import Step
+from benchmarks.peers.llama import Block, register_rotations
+from shardwright.data.samples import RandomSamples
+from shardwright.nn.dtypes import torch_dtype
+from shardwright.plan.plan import Plan
+from shardwright.spec.architecture import Architecture
+
+SINGLE = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+MULTI = {"interleaved": ScheduleInterleaved1F1B, "zbv": ScheduleZBVZeroBubble}
+
+
+class LlamaStage(nn.Module):
+    """Layers `first` to `stop` of the model, with the embedding before the first layer and the head after the last."""
+
+    def __init__(self, a: Architecture, length: int, first: int, stop: int, *, autocast: bool) -> None:
+        super().__init__()
+        self.autocast = autocast
+        last = stop == a.layers
+        self.tok_embeddings = nn.Embedding(a.vocab, a.hidden) if first == 0 else None
+        self.layers = nn.ModuleDict({str(index): Block(a) for index in range(first, stop)})
+        self.norm = nn.RMSNorm(a.hidden, a.norm_eps) if last else None
+        self.output = nn.Linear(a.hidden, a.vocab, bias=False) if last else None
+        register_rotations(self, a, length)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:  # by name, so that every split begins with the same model
+                nn.init.normal_(parameter, 0.0, a.init_std, torch.Generator().manual_seed(crc32(name.encode())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens, int64 [B, T], or hidden states [B, T, hidden], to hidden states or logits [B, T, vocab]."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            x = self.tok_embeddings(x) if self.tok_embeddings is not None else x
+            for layer in self.layers.values():
+                x = layer(x, self.cos, self.sin)
+            return self.output(self.norm(x)) if self.output is not None and self.norm is not None else x
+
+
+def _loss(logits: Tensor, targets: Tensor, *, num_targets: int, autocast: bool) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / num_targets
+
+
+def _stage(plan: Plan, split: Sequence[int], index: int, dtype: torch.dtype, autocast: bool) -> PipelineStage:
+    a, length, size = plan.architecture, plan.sequence_length, plan.spec.train.micro_batch_size
+    first = sum(split[:index])
+    module = LlamaStage(a, length, first, first + split[index], autocast=autocast).to(dtype)
+    tokens = torch.empty(size, length, dtype=torch.int64, device="meta")
+    hidden = torch.empty(size, length, a.hidden, dtype=dtype, device="meta", requires_grad=True)
+    logits_dtype = torch.bfloat16 if autocast else dtype
+    logits = torch.empty(size, length, a.vocab, dtype=logits_dtype, device="meta", requires_grad=True)
+    return PipelineStage(
+        module,
+        index,
+        len(split),
+        torch.device("cpu"),
+        input_args=tokens if index == 0 else hidden,
+        output_args=logits if index == len(split) - 1 else hidden,
+    )
+
+
+def _optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    matrices = [p for p in parameters if p.dim() >= 2]
+    others = [p for p in parameters if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+
+
+def _clip(parameters: Sequence[nn.Parameter], losses: Sequence[Tensor]) -> float:
+    """Clip by the norm over all stages; the loss travels in the same reduction."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    scalars = torch.stack([norm.double().square(), sum((x.detach().double() for x in losses), torch.zeros(())).double()])
+    dist.all_reduce(scalars)
+    torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, scalars[0].sqrt().to(norm.dtype), foreach=True)
+    return float(scalars[1])
+
+
+def torch_pipeline(
+    rank: int, world: int, *, plan: Plan, schedule: str, split: Sequence[int], dtype: str, autocast: bool = False
+) -> Step:
+    """A training step of a torch schedule; `split` counts the layers of each stage, several per rank where they are
+    more than the ranks. One dtype throughout, or fp32 with matrix products autocast to bf16."""
+    indices = [index for index in range(len(split)) if index % world == rank]
+    if schedule == "zbv":
+        indices = [rank, 2 * world - 1 - rank]
+    stages = [_stage(plan, split, index, torch_dtype(dtype), autocast) for index in indices]
+    size, length = plan.spec.train.global_batch_size, plan.sequence_length
+    loss = partial(_loss, num_targets=size * length, autocast=autocast)
+    options = {"n_microbatches": plan.num_microbatches, "loss_fn": loss, "scale_grads": False}
+    runner = SINGLE[schedule](stages[0], **options) if schedule in SINGLE else MULTI[schedule](stages, **options)
+    parameters = [p for stage in stages for p in stage.submod.parameters()]
+    optimizer = _optimizer(parameters)
+    samples = RandomSamples(plan.architecture.vocab, length, 0)
+
+    def step(index: int) -> float:
+        batch = samples.at(range(index * size, (index + 1) * size))
+        inputs = (torch.from_numpy(batch.tokens),) if 0 in indices else ()
+        targets = torch.from_numpy(batch.targets) if len(split) - 1 in indices else None
+        losses: list[Tensor] = []
+        runner.step(*inputs, target=targets, losses=losses, return_outputs=False)
+        total = _clip(parameters, losses)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    return step

@@ -1,0 +1,89 @@
+"""From rank to rank along the pipeline: the verbs that have a sender and a receiver.
+
+Note: one channel for each direction of each link. NCCL carries out the transfers of one group between two ranks in the
+order in which each of them posted, so two ranks that each post a receive ahead of a send would wait for each other for
+ever. On CUDA every directed link of the ring therefore has a group of two ranks to itself; gloo matches each sender's
+messages to the receives from it, in order, and one group serves all. `Groups` needs ranks that have made equally many
+groups: links are made in rounds in which no rank has two, and a rank without one makes a group of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwright.comm.collectives import DONE, Handle, pending
+from shardwright.comm.mesh import Axis, Mesh
+
+
+@dataclass(frozen=True)
+class Line:
+    """The `pp` axis as messages travel along it; `channels` are the groups of directed links (from, to)."""
+
+    axis: Axis
+    channels: Mapping[tuple[int, int], dist.ProcessGroup]
+
+    @staticmethod
+    def of(mesh: Mesh) -> Line:
+        """The line of a mesh's rank."""
+        axis, channels = mesh.pp, {}
+        if mesh.device.type == "cuda":
+            for number, links in enumerate(_rounds(axis.degree)):
+                own = next((link for link in links if axis.index in link), (axis.index,))
+                ranks = tuple(axis.ranks[position] for position in sorted(own))
+                ways = [mesh.groups.get(ranks, f"pipeline-{number}-{way}") for way in ("down", "up")]
+                channels |= dict(zip((own, own[::-1]), ways, strict=True))
+        return Line(axis, channels)
+
+    @property
+    def index(self) -> int:
+        """This rank's position."""
+        return self.axis.index
+
+    def channel(self, source: int, to: int) -> dist.ProcessGroup:
+        """The group over which one position sends to another."""
+        group = self.channels.get((source, to), self.axis.group)
+        assert group is not None, "a line of one rank has nobody to talk to"
+        return group
+
+
+def _rounds(degree: int) -> list[list[tuple[int, ...]]]:
+    """The ring's links in rounds in which each position has one at most."""
+    links = [(i, (i + 1) % degree) for i in range(degree if degree > 2 else degree - 1)]
+    colours = [2 if degree % 2 and i == degree - 1 else i % 2 for i in range(len(links))]
+    return [[link for link, own in zip(links, colours, strict=True) if own == c] for c in sorted(set(colours))]
+
+
+def send(tensor: Tensor, line: Line, to: int, *, reason: str) -> Handle:
+    """Send a contiguous tensor to a position of the line; it may be written again after the handle's wait."""
+    line.axis.ledger.count("send", line.axis.name, reason, tensor.numel() * tensor.element_size())
+    return pending(dist.isend(tensor, line.axis.ranks[to], group=line.channel(line.index, to)))
+
+
+def receive(tensor: Tensor, line: Line, source: int, *, reason: str) -> Handle:
+    """Fill a tensor with the next message from a position of the line."""
+    return pending(dist.irecv(tensor, line.axis.ranks[source], group=line.channel(source, line.index)))
+
+
+def exchange_sum(tensor: Tensor, line: Line, other: int, *, reason: str) -> Handle:
+    """Sum a tensor with another position's, in place on both, to the same bits: a + b is b + a."""
+    if other == line.index:
+        return DONE
+    received = tensor.new_empty(tensor.shape)
+    handles = [receive(received, line, other, reason=reason), send(tensor, line, other, reason=reason)]
+    return _Sum(tensor, received, handles)
+
+
+class _Sum:
+    def __init__(self, tensor: Tensor, received: Tensor, handles: list[Handle]) -> None:
+        self._tensor, self._received, self._handles = tensor, received, handles
+
+    def wait(self) -> None:
+        for handle in self._handles:
+            handle.wait()
+        if self._handles:
+            self._tensor.add_(self._received)
+        self._handles = []

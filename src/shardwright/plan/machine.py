@@ -1,0 +1,28 @@
+"""What can be known of this machine without torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_gpus() -> int:
+    """GPUs that the NVIDIA driver knows and CUDA_VISIBLE_DEVICES leaves; torch, where it is there, may find fewer."""
+    folder = Path("/proc/driver/nvidia/gpus")
+    count = len(list(folder.iterdir())) if folder.is_dir() else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return count if visible is None else min(count, len([name for name in visible.split(",") if name.strip()]))
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU has units made for bf16 matrix products: AMX or AVX512-BF16."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
