@@ -166,11 +166,9 @@ def table(results: Sequence[Result], tokens_per_step: int, columns: Sequence[str
     Each case stands beside its own peer or, where `columns` name cases, beside each of these in a column of its own.
     """
     named = {result.name: result for result in results}
-    heads = [f"x {name}" for name in columns] or ["beside its peer"]
-    lines = [
-        f"| case | parameters / gradients / reduced in / masters | ms a step (quartiles) | tokens/s | {' | '.join(heads)} |",
-        "|---|---|---|---|" + "---|" * len(heads),
-    ]
+    heads = ["case", "parameters / gradients / reduced in / masters", "ms a step (quartiles)", "tokens/s"]
+    heads += [f"x {name}" for name in columns] or ["beside its peer"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for result in results:
         low, middle, high = quartiles(result.seconds)
         pair = _shown(ratio(result, results))

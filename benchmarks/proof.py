@@ -128,6 +128,7 @@ MATRICES: dict[str, Callable[[], Iterator[Layout]]] = {"tensor": tensor, "pipeli
 
 def prove_all(layouts: list[Layout]) -> list[Proof]:
     """Trace the layouts of each size in one world of ranks, then compare each with one device."""
+    torch.set_num_threads(1)  # the one device's tensors are tiny
     plans = [layout.plan() for layout in layouts]
     with tempfile.TemporaryDirectory() as folder:
         folders = [Path(folder) / str(i) for i in range(len(plans))]
@@ -172,7 +173,6 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="prove only every n-th layout")
     parser.add_argument("--record", action="store_true", help="keep the table under benchmarks/records/")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the one device's tensors are tiny
     began = time.perf_counter()
     layouts = list(MATRICES[arguments.matrix]())[:: arguments.every]
     proofs = prove_all(layouts)

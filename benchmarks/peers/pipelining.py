@@ -91,7 +91,7 @@ def _optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
 def _clip(parameters: Sequence[nn.Parameter], losses: Sequence[Tensor]) -> float:
     """Clip by the norm over all stages; the loss travels in the same reduction."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-    scalars = torch.stack([norm.double().square(), sum((x.detach().double() for x in losses), torch.zeros(())).double()])
+    scalars = torch.tensor([norm.item() ** 2, sum(loss.item() for loss in losses)], dtype=torch.float64)
     dist.all_reduce(scalars)
     torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, scalars[0].sqrt().to(norm.dtype), foreach=True)
     return float(scalars[1])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 
+from shardwright.plan.describe import describe
 from shardwright.plan.memory import estimated_memory, parameters_of_rank, parameters_of_stage
 from shardwright.plan.pipeline import placement_of, schedule_of, stage_costs, timeline_in_units, timeline_of
 from shardwright.plan.plan import Plan
@@ -86,6 +88,25 @@ def test_estimates_follow_the_coordinate() -> None:
     first, last = by_pp[0].pop(), by_pp[1].pop()
     assert by_pp == {0: set(), 1: set()}
     assert first - last == 2 * (2 * (a.layer_matrix_parameters // 2 + 2 * a.hidden) - a.hidden)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "said"),
+    [
+        ({"pp": 2, "stages": [4, 4]}, "1f1b over 2 stages of 4 + 4 layers"),
+        ({"pp": 8}, "1f1b over 8 stages of 1 layer"),
+        ({"pp": 2, "pipeline_schedule": "zbv"}, "zbv over 2 ranks x 2 stages of 2 + 2 + 3 + 1 layers"),
+    ],
+)
+def test_in_words(parallel: dict, said: str) -> None:
+    words = dict(describe(plan(**parallel)))["pipeline"]
+    assert re.fullmatch(re.escape(said) + r", 8 microbatches: bubble \d+ % estimated", words)
+    assert "pipeline" not in dict(describe(plan()))
+
+
+def test_many_stages_in_words() -> None:
+    words = dict(describe(plan({"layers": 34}, pp=17)))["pipeline"]
+    assert words.startswith("1f1b over 17 stages of 1 to 3 layers, ")
 
 
 def test_none_of_it_needs_torch() -> None:

@@ -93,7 +93,8 @@ def test_a_pipeline_across_nodes_is_normal() -> None:
         ),
         (
             {"pp": 8, "world_size": 8, "train": {"global_batch_size": 3, "micro_batch_size": 3}},
-            "parallel.pp: 8 stages are more than model.layers = 6\n  nearest that works: model.layers = 8",
+            "parallel.pp: 8 stages are more than model.layers = 6\n"
+            "  nearest that works: parallel.pp = 6 in a world of 6, or model.layers = 8",
         ),
         (
             {"pp": 8, "dp": 2, "world_size": 16},

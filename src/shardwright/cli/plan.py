@@ -37,18 +37,26 @@ def plan(
     Example: shardwright plan recipes/quickstart.toml parallel.pp=2 --world 4
     """
     import gc
-    import json
 
-    gc.disable()  # a step of a large pipeline is 10^5 small objects; looking for cycles among them takes half the time
-    made = _resolve(recipe, overrides or [], world, ranks_per_node)
+    # A step of a large pipeline is 10^5 small objects without cycles; looking for some takes a third of the time.
+    gc.disable()
+    try:
+        _show(_resolve(recipe, overrides or [], world, ranks_per_node), as_json)
+    finally:
+        gc.enable()
+
+
+def _show(made: Plan, as_json: bool) -> None:
     if as_json:
+        import json
+
         from shardwright.report.pipeline import document
 
         typer.echo(json.dumps(document(made), indent=2))
-        return
-    from shardwright.report.plan import print_plan
+    else:
+        from shardwright.report.plan import print_plan
 
-    print_plan(made, _console())
+        print_plan(made, _console())
 
 
 def _resolve(recipe: str, overrides: list[str], world: int | None, ranks_per_node: int | None) -> Plan:
@@ -58,13 +66,14 @@ def _resolve(recipe: str, overrides: list[str], world: int | None, ranks_per_nod
     from shardwright.spec.load import load
 
     spec = load(recipe, overrides)
+    data = spec.data
     on_gpus = spec.run.device == "cuda" or (spec.run.device == "auto" and num_gpus() > 0)
     return resolve(
         spec,
         world_size=world or _world_here(spec),
         device="cuda" if on_gpus else "cpu",
         native_bf16=on_gpus or cpu_computes_bf16(),
-        tokenizer_vocab=None if spec.model.vocab else vocabulary_of(spec.data),
+        tokenizer_vocab=None if spec.model.vocab else vocabulary_of(data.corpus, data.tokenizer, data.separator),
         local_size=ranks_per_node,
     )
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -64,12 +65,16 @@ class Pipeline:
         execution = Execution(self, microbatches, scale)
         left = sum(action.kind in (Kind.BACKWARD, Kind.WEIGHT) for action in actions)
         for index, action in enumerate(actions):
-            execution.perform(action, _following(actions, index))
+            following = _following(actions, index) if action.kind.computes else None
+            execution.perform(action, stays=_is_backward_of(following, action))
             if action.kind in (Kind.BACKWARD, Kind.WEIGHT):
                 left -= 1
                 if left and self.between is not None:
                     self.states.settle()
                     self.between()
+            if following is not None and following.kind is not Kind.WEIGHT:
+                # What it needs first is gathered while its input is waited for.
+                self.states.prefetch(following.stage, backward=following.kind is not Kind.FORWARD)
         execution.finish()
         return execution.total
 
@@ -79,14 +84,22 @@ class Pipeline:
         execution = Execution(self, microbatches, one)
         with torch.no_grad():
             for action in self.program.evaluation(len(microbatches)).actions[self.line.index]:
-                execution.perform(action, None)
+                execution.perform(action)
         execution.finish()
         return execution.total
 
 
 def _following(actions: Sequence[Action], index: int) -> Action | None:
     """The next action that computes."""
-    return next((action for action in actions[index + 1 :] if action.kind.computes), None)
+    return next((action for action in islice(actions, index + 1, None) if action.kind.computes), None)
+
+
+def _is_backward_of(following: Action | None, action: Action) -> bool:
+    """Whether an action is the backward, or its first half, of the forward that goes before it."""
+    return following is not None and (
+        (following.stage, following.microbatch) == (action.stage, action.microbatch)
+        and following.kind in (Kind.BACKWARD, Kind.INPUT)
+    )
 
 
 @dataclass
@@ -127,17 +140,12 @@ class Execution:
             Kind.RECEIVE_GRADIENT: self._receive_gradient,
         }
 
-    def perform(self, action: Action, following: Action | None) -> None:
-        """Do one action. `following` is the next that computes: what it needs first is gathered under the waiting."""
-        stage, microbatch = action.stage, action.microbatch
+    def perform(self, action: Action, *, stays: bool = False) -> None:
+        """Do one action. `stays`: what follows a forward is its own backward."""
         if action.kind is Kind.FORWARD:
-            after = (Kind.BACKWARD, Kind.INPUT)
-            stays = following is not None and following.kind in after and following.stage == stage
-            self._forward(stage, microbatch, stays and following is not None and following.microbatch == microbatch)
+            self._forward(action.stage, action.microbatch, stays)
         else:
-            self._perform[action.kind](stage, microbatch)
-        if action.kind.computes and following is not None and following.kind is not Kind.WEIGHT:
-            self.pipeline.states.prefetch(following.stage, backward=following.kind is not Kind.FORWARD)
+            self._perform[action.kind](action.stage, action.microbatch)
 
     def finish(self) -> None:
         """Wait for the sends that are still under way."""

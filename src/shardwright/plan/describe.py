@@ -14,6 +14,8 @@ _ZERO = {
     3: "3: optimizer state, gradients and parameters sharded",
 }
 
+_FEW_STAGES = 4  # shown one by one even where all are alike
+
 
 def describe(plan: Plan) -> list[tuple[str, str]]:
     """(label, value) lines: model, layout, batch, precision, ZeRO, decisions, warnings."""
@@ -30,7 +32,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         (
             "batch",
             f"{train.global_batch_size} sequences of {plan.sequence_length} tokens = "
-            f"{format_count(plan.tokens_per_step)} tokens; {plan.num_microbatches} microbatches of "
+            f"{format_count(plan.tokens_per_step)} tokens; {_microbatches(plan)} of "
             f"{train.micro_batch_size} on each data rank",
         ),
         ("precision", f"{plan.dtype}, gradients {plan.grad_dtype}"),
@@ -54,14 +56,20 @@ def pipeline(plan: Plan) -> str:
     """The pipeline in words: "1f1b over 2 stages of 5 + 3 layers, 8 microbatches: bubble 11 % estimated"."""
     pp, count = plan.topology.pp, len(plan.layers_per_stage)
     over = f"{count} stages" if plan.virtual_stages == 1 else f"{pp} ranks x {plan.virtual_stages} stages"
-    whole = count <= MOST_STAGES_SHOWN
-    layers = " + ".join(map(str, plan.layers_per_stage)) if whole else _between(plan.layers_per_stage)
-    microbatches = "1 microbatch" if plan.num_microbatches == 1 else f"{plan.num_microbatches} microbatches"
+    summed_up = count > MOST_STAGES_SHOWN or (count > _FEW_STAGES and len(set(plan.layers_per_stage)) == 1)
+    layers = _between(plan.layers_per_stage) if summed_up else " + ".join(map(str, plan.layers_per_stage))
+    plural = "" if layers == "1" else "s"
     bubble = f"bubble {timeline_of(plan).bubble:.0%} estimated".replace("%", " %")
-    return f"{plan.spec.parallel.pipeline_schedule} over {over} of {layers} layers, {microbatches}: {bubble}"
+    return (
+        f"{plan.spec.parallel.pipeline_schedule} over {over} of {layers} layer{plural}, {_microbatches(plan)}: {bubble}"
+    )
 
 
 def _between(counts: tuple[int, ...]) -> str:
     """The least and the most layers of a stage: "7 to 8"."""
     least, most = min(counts), max(counts)
     return str(least) if least == most else f"{least} to {most}"
+
+
+def _microbatches(plan: Plan) -> str:
+    return "1 microbatch" if plan.num_microbatches == 1 else f"{plan.num_microbatches} microbatches"

@@ -18,7 +18,6 @@ from shardwright.spec.spec import Spec
 _UNBALANCED = 1.25
 """A given split is warned about when its most costly rank costs more than this times that of the balanced one."""
 
-
 MOST_STAGES_SHOWN = 16
 """Of a pipeline with more stages, the layers of each are summed up in a line."""
 
@@ -41,8 +40,7 @@ def resolve_stages(architecture: Architecture, spec: Spec, topology: Topology, w
     schedule, virtual_stages = parallel.pipeline_schedule, _virtual_stages(parallel)
     count = topology.pp * virtual_stages
     if layers < count:
-        fewer_ranks = _fewer_ranks(layers // virtual_stages, spec, world_size)
-        raise _too_few_layers(layers, parallel, virtual_stages, fewer_ranks)
+        raise _too_few_layers(layers, spec, virtual_stages, world_size)
     cost = model_cost(architecture, spec.train.sequence_length, tokens=1)
     balance = Balance.of(cost, placement(schedule, topology.pp, virtual_stages))
     balanced = balance.split(layers)
@@ -78,10 +76,11 @@ def _virtual_stages(parallel: ParallelSpec) -> int:
     return asked
 
 
-def _too_few_layers(layers: int, parallel: ParallelSpec, virtual_stages: int, fewer_ranks: int | None) -> LayoutError:
+def _too_few_layers(layers: int, spec: Spec, virtual_stages: int, world_size: int | None) -> LayoutError:
     """A stage has at least one layer: fewer ranks, fewer stages on each, or more layers."""
+    parallel = spec.parallel
     pp, count = parallel.pp, parallel.pp * virtual_stages
-    ways = [f"parallel.pp = {fewer_ranks}"] if fewer_ranks else []
+    ways = [_fewer_ranks(layers // virtual_stages, spec, world_size)] if layers >= virtual_stages else []
     if virtual_stages > 1 and layers >= pp:
         zbv = parallel.pipeline_schedule == "zbv"
         ways.append('pipeline_schedule = "zb-h1"' if zbv else f"parallel.virtual_stages = {layers // pp}")
@@ -95,16 +94,16 @@ def _too_few_layers(layers: int, parallel: ParallelSpec, virtual_stages: int, fe
     )
 
 
-def _fewer_ranks(most: int, spec: Spec, world_size: int | None) -> int | None:
-    """The largest pp up to `most`; where dp fills the world, one with which that still divides the batch."""
-    batch, micro = spec.train.global_batch_size, spec.train.micro_batch_size
+def _fewer_ranks(most: int, spec: Spec, world_size: int | None) -> str:
+    """The largest pp up to `most`; where dp fills a world, one that keeps to it and divides the batch, if there is."""
+    batch, micro, tp = spec.train.global_batch_size, spec.train.micro_batch_size, spec.parallel.tp
+    if world_size is None or spec.parallel.dp != "auto":
+        return f"parallel.pp = {most}"
     for pp in range(most, 0, -1):
-        if world_size is None or spec.parallel.dp != "auto":
-            return pp
-        dp, rest = divmod(world_size, pp * spec.parallel.tp)
+        dp, rest = divmod(world_size, pp * tp)
         if rest == 0 and batch % (dp * micro) == 0:
-            return pp
-    return None
+            return f"parallel.pp = {pp}"
+    return f"parallel.pp = {most} in a world of {most * tp}"
 
 
 def _check_stages(stages: tuple[int, ...], layers: int, balanced: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from shardwright.schedule.action import Kind, Schedule, StageCost
+from shardwright.schedule.errors import ScheduleError
 
 
 def lower_bound(schedule: Schedule, costs: Sequence[StageCost] | None = None, transfer: float = 0.0) -> float:
@@ -45,24 +46,26 @@ def _sums(costs: Sequence[float], hops: Sequence[float]) -> list[float]:
     return list(accumulate((cost + hop for cost, hop in zip(costs, hops, strict=False)), initial=0.0))
 
 
-def closed_form_makespan(name: str, num_ranks: int, virtual_stages: int, num_microbatches: int) -> float | None:
-    """The makespan of a named schedule if F, I and W take one unit on every stage and transfers none.
+def closed_form_makespan(name: str, num_ranks: int, virtual_stages: int, num_microbatches: int) -> int:
+    """The makespan of a schedule that `build` names, if F, I and W take one unit on every stage and transfers none.
 
-    None where there is no closed form: interleaved and zbv with fewer microbatches than ranks.
+    Holds for any numbers that `build` takes. With fewer microbatches than ranks, interleaved and zbv wait for
+    a microbatch to come around. Raises ScheduleError for a name that has no closed form.
     """
     p, v, m = num_ranks, virtual_stages, num_microbatches
-    if name in ("gpipe", "1f1b") or (name == "interleaved" and v == 1):
-        return 3 * (m + p - 1)
-    if name == "zb-h1":
-        return max(3 * m + p - 1, 2 * m + 2 * p - 1)
-    if name == "interleaved" and m >= p:
-        return 3 * (v * m + p - 1)
-    if name == "zbv" and m >= p:
-        return 6 * m + p - 1
-    return None
+    match name:
+        case "gpipe" | "1f1b":
+            return 3 * (m + p - 1)
+        case "interleaved":
+            return 3 * (v * m + p - 1 + (v - 1) * max(0, p - m))
+        case "zb-h1":
+            return max(3 * m + p - 1, 2 * m + 2 * p - 1)
+        case "zbv":
+            return max(6 * m + p - 1, 4 * m + 3 * p - 1, 2 * m + 4 * p - 1)
+    raise ScheduleError(f'schedule: "{name}" has no closed form', "simulate it")
 
 
-def ideal_bubble(name: str, num_ranks: int, virtual_stages: int, num_microbatches: int) -> float | None:
-    """The bubble of a named schedule on equal stages and free transfers; None where `closed_form_makespan` is."""
+def ideal_bubble(name: str, num_ranks: int, virtual_stages: int, num_microbatches: int) -> float:
+    """The bubble of a schedule that `build` names, on equal stages and with free transfers."""
     makespan = closed_form_makespan(name, num_ranks, virtual_stages, num_microbatches)
-    return None if makespan is None else 1 - 3 * virtual_stages * num_microbatches / makespan
+    return 1 - 3 * virtual_stages * num_microbatches / makespan

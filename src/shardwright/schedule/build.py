@@ -6,6 +6,7 @@ They say nothing of transfers: those are added by `transfers.with_transfers`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from shardwright.schedule.action import Action, Kind, Schedule
 from shardwright.schedule.errors import ScheduleError
@@ -54,14 +55,8 @@ def forward_only(placement: Sequence[int], num_microbatches: int) -> Schedule:
 
 def _gpipe(num_ranks: int, virtual_stages: int, num_microbatches: int) -> Programs:
     """All forwards, then all backwards (GPipe, Huang et al. 2019)."""
-    return [
-        [
-            Action(kind, stage, microbatch)
-            for kind in (Kind.FORWARD, Kind.BACKWARD)
-            for microbatch in range(num_microbatches)
-        ]
-        for stage in range(num_ranks)
-    ]
+    kinds = (Kind.FORWARD, Kind.BACKWARD)
+    return [[Action(kind, s, j) for kind in kinds for j in range(num_microbatches)] for s in range(num_ranks)]
 
 
 def _one_forward_one_backward(num_ranks: int, virtual_stages: int, num_microbatches: int) -> Programs:
@@ -70,7 +65,7 @@ def _one_forward_one_backward(num_ranks: int, virtual_stages: int, num_microbatc
     for stage in range(num_ranks):
         forwards = [Action(Kind.FORWARD, stage, microbatch) for microbatch in range(num_microbatches)]
         backwards = [Action(Kind.BACKWARD, stage, microbatch) for microbatch in range(num_microbatches)]
-        programs.append(alternate(forwards, backwards, warmup=num_ranks - 1 - stage))
+        programs.append(_alternate(forwards, backwards, warmup=num_ranks - 1 - stage))
     return programs
 
 
@@ -90,7 +85,7 @@ def _interleaved(num_ranks: int, virtual_stages: int, num_microbatches: int) -> 
         forwards = [Action(Kind.FORWARD, s, j) for group in groups for s in stages for j in group]
         backwards = [Action(Kind.BACKWARD, s, j) for group in groups for s in reversed(stages) for j in group]
         warmup = (virtual_stages - 1) * len(groups[0]) + 2 * (num_ranks - 1 - rank)
-        programs.append(alternate(forwards, backwards, warmup))
+        programs.append(_alternate(forwards, backwards, warmup))
     return programs
 
 
@@ -98,10 +93,10 @@ def _groups(num_microbatches: int, least: int) -> list[range]:
     """Microbatches cut into as many groups of at least `least` as there can be, sizes differing by at most one."""
     count = max(1, num_microbatches // least)
     cuts = [-(-index * num_microbatches // count) for index in range(count + 1)]  # rounded up: the larger come first
-    return [range(begin, end) for begin, end in zip(cuts, cuts[1:], strict=False)]
+    return [range(begin, end) for begin, end in pairwise(cuts)]
 
 
-def alternate(forwards: Sequence[Action], backwards: Sequence[Action], warmup: int) -> list[Action]:
+def _alternate(forwards: Sequence[Action], backwards: Sequence[Action], warmup: int) -> list[Action]:
     """`warmup` forwards, or all, then one forward and one backward in turn, then the backwards that are left."""
     warmup = min(warmup, len(forwards))
     steady = len(forwards) - warmup

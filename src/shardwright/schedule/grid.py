@@ -149,6 +149,7 @@ def _axis(indent: int, column: int, shown: int) -> str:
 def _legend(schedule: Schedule) -> str:
     kinds = {action.kind for actions in schedule.actions for action in actions}
     parts = [text for kind, text in _LEGEND.items() if kind in kinds] + [f"{_IDLE} idle"]
-    if any(stage_names(schedule)):
-        parts.append("a, b, … stages of a rank")
+    names = sorted(filter(None, set(stage_names(schedule))), key=lambda name: (len(name), name))
+    if names:
+        parts.append(f"{names[0]} to {names[-1]}: the stages of a rank")
     return "   ".join(parts)

@@ -106,6 +106,14 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost] | None = None, trans
     return Timeline(schedule, tuple(tuple(spans) for spans in run.spans), tuple(sequence))
 
 
+class _Task(NamedTuple):
+    """What a kind of action does on a stage, for any microbatch: `inputs` are (result, its ends, its transfer)."""
+
+    cost: float
+    inputs: tuple[tuple[Result, list[float | None], float], ...]
+    gives: Result | None
+
+
 class _Run:
     """A simulation under way: each rank goes on until it needs what nobody has computed yet, then waits for it."""
 
@@ -168,11 +176,3 @@ class _Run:
                     f"schedule {self.schedule.name}: rank {rank} waits for ever in {program[len(spans)][0]}",
                     "validate(schedule) tells what every rank waits for",
                 )
-
-
-class _Task(NamedTuple):
-    """What a kind of action does on a stage, for any microbatch: `inputs` are (result, its ends, its transfer)."""
-
-    cost: float
-    inputs: tuple[tuple[Result, list[float | None], float], ...]
-    gives: Result | None

@@ -16,7 +16,7 @@ _MOST_RANKS_SHOWN = 16
 
 class _Place(NamedTuple):
     rank: int
-    index: int
+    position: int
 
 
 def validate(schedule: Schedule) -> None:
@@ -38,6 +38,9 @@ def _places(schedule: Schedule) -> dict[Action, _Place]:
     """Where each action is. Raises ScheduleError for one on another stage's rank, or done twice."""
     places: dict[Action, _Place] = {}
     placement = schedule.placement
+    if not set(placement) <= set(range(schedule.num_ranks)):
+        problem = f"stages live on ranks 0 to {max(placement)}, but {schedule.num_ranks} ranks have actions"
+        _refuse(schedule, problem, "one list of actions per rank", {})
     for rank, actions in enumerate(schedule.actions):
         for index, action in enumerate(actions):
             if not (0 <= action.stage < len(placement) and 0 <= action.microbatch < schedule.num_microbatches):
@@ -96,7 +99,7 @@ def _check_order(schedule: Schedule, places: Mapping[Action, _Place]) -> None:
     backward = Kind.INPUT if schedule.splits_backward else Kind.BACKWARD
     for action, (rank, index) in places.items():
         for first, second in _pairs_in_order(action, schedule.placement, backward):
-            if first in places and second in places and places[first].index > places[second].index:
+            if first in places and second in places and places[first].position > places[second].position:
                 problem = f"on rank {rank}, {second} comes before {first}, which it needs"
                 _refuse(schedule, problem, f"put {first} first", {rank: index})
 
@@ -126,13 +129,13 @@ def _check_links(schedule: Schedule) -> None:
                 received.setdefault((peer(action, schedule.placement), rank), []).append(_Place(rank, index))
     for link, sends in sent.items():
         for number, (sender, receiver) in enumerate(zip(sends, received[link], strict=True)):
-            send_action = schedule.actions[sender.rank][sender.index]
-            receive_action = schedule.actions[receiver.rank][receiver.index]
+            send_action = schedule.actions[sender.rank][sender.position]
+            receive_action = schedule.actions[receiver.rank][receiver.position]
             if counterpart(send_action) != receive_action:
                 problem = (
                     f"message {number} from rank {link[0]} to rank {link[1]} is {send_action}, but {receive_action}"
                 )
-                around = {sender.rank: sender.index, receiver.rank: receiver.index}
+                around = {sender.rank: sender.position, receiver.rank: receiver.position}
                 _refuse(schedule, f"{problem} is posted for it", "post receives in the order of the sends", around)
 
 

@@ -14,8 +14,8 @@ _SMALL = 6_000_000
 def shrink(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     """Recipe fields to change so that a proof takes seconds, and what was changed in words.
 
-    Kept are dp, pp, tp, ZeRO, the schedule, microbatches up to 3 a rank, norms, biases, tying, the ratio of query to
-    KV heads, and every layer that a stage needs.
+    Kept are dp, pp, tp, ZeRO, the schedule, microbatches up to 3 a rank or one more than pp, norms, biases, tying, the
+    ratio of query to KV heads, every layer that a stage needs, and which of given stages have more than one.
     """
     a, train = plan.architecture, plan.spec.train
     if a.num_parameters / 1000 * plan.tokens_per_step <= _SMALL:
@@ -26,8 +26,11 @@ def shrink(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     head_dim = min(a.head_dim, _HEAD_DIM)
     sequence = min(plan.sequence_length, _SEQUENCE)
     micro = min(train.micro_batch_size, 2)
+    given = plan.spec.parallel.stages
+    stages = given if given == "auto" else tuple(min(layers, 2) for layers in given)
     changes: dict[str, Any] = {
-        "model.layers": min(a.layers, max(2, len(plan.layers_per_stage))),
+        "model.layers": min(a.layers, max(2, len(plan.layers_per_stage))) if stages == "auto" else sum(stages),
+        "parallel.stages": stages,
         "model.heads": heads,
         "model.kv_heads": kv_heads,
         "model.head_dim": head_dim,
@@ -37,10 +40,11 @@ def shrink(plan: Plan) -> tuple[dict[str, Any], list[str]]:
         "model.max_positions": min(a.max_positions, sequence) if a.positions == "learned" else a.max_positions,
         "train.sequence_length": sequence,
         "train.micro_batch_size": micro,
-        "train.global_batch_size": plan.topology.dp * micro * min(plan.num_microbatches, 3),
+        "train.global_batch_size": plan.topology.dp * micro * min(plan.num_microbatches, max(3, plan.topology.pp + 1)),
     }
     was = {
         **{f"model.{name}": getattr(a, name) for name in type(a).model_fields},
+        "parallel.stages": given,
         "train.sequence_length": plan.sequence_length,
         "train.micro_batch_size": train.micro_batch_size,
         "train.global_batch_size": train.global_batch_size,
