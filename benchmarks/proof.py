@@ -26,7 +26,7 @@ import torch
 from benchmarks.harness import RECORDS, environment
 from shardwright.comm.job import Job
 from shardwright.comm.launch import launch
-from shardwright.plan.plan import Plan
+from shardwright.plan.plan import Device, Plan
 from shardwright.plan.resolve import resolve
 from shardwright.record.store import write_json
 from shardwright.spec.load import build
@@ -51,10 +51,14 @@ class Layout:
     train: dict[str, Any]
     parallel: dict[str, Any]
 
-    def plan(self) -> Plan:
-        """The plan of the recipe, on as many ranks as it asks for."""
+    @property
+    def world_size(self) -> int:
+        """Ranks that the recipe asks for."""
         p = self.parallel
-        world = p["dp"] * p.get("tp", 1) * p.get("pp", 1)
+        return p["dp"] * p.get("tp", 1) * p.get("pp", 1)
+
+    def plan(self, device: Device = "cpu") -> Plan:
+        """The plan of the recipe, on as many ranks as it asks for."""
         train = {
             "dtype": "fp64",
             "sequence_length": 13,
@@ -63,8 +67,8 @@ class Layout:
             "warmup_steps": 0,
             **self.train,
         }
-        spec = build({"model": self.model, "train": train, "parallel": p})
-        return resolve(spec, world_size=world, device="cpu", native_bf16=False, tokenizer_vocab=None)
+        spec = build({"model": self.model, "train": train, "parallel": self.parallel})
+        return resolve(spec, world_size=self.world_size, device=device, native_bf16=False, tokenizer_vocab=None)
 
 
 def tensor() -> Iterator[Layout]:
@@ -126,10 +130,10 @@ def drawn_layout(draw: random.Random, dp: int, tp: int, pp: int, zero: int) -> L
 MATRICES: dict[str, Callable[[], Iterator[Layout]]] = {"tensor": tensor, "pipeline": pipeline}
 
 
-def prove_all(layouts: list[Layout]) -> list[Proof]:
+def prove_all(layouts: list[Layout], device: Device = "cpu") -> list[Proof]:
     """Trace the layouts of each size in one world of ranks, then compare each with one device."""
     torch.set_num_threads(1)  # the one device's tensors are tiny
-    plans = [layout.plan() for layout in layouts]
+    plans = [layout.plan(device) for layout in layouts]
     with tempfile.TemporaryDirectory() as folder:
         folders = [Path(folder) / str(i) for i in range(len(plans))]
         for plan, path in zip(plans, folders, strict=True):
@@ -138,7 +142,7 @@ def prove_all(layouts: list[Layout]) -> list[Proof]:
         for world in sorted({plan.world_size for plan in plans}):
             own = [str(f) for p, f in zip(plans, folders, strict=True) if p.world_size == world]
             print(f"{len(own)} layouts on {world} ranks", file=sys.stderr, flush=True)
-            if launch(Job(world, "shardwright.verify.rank", (str(STEPS), *own))):
+            if launch(Job(world, "shardwright.verify.rank", (str(STEPS), *own), device)):
                 raise SystemExit(1)
         return [prove(p, read_traces(f, p.world_size), STEPS) for p, f in zip(plans, folders, strict=True)]
 
@@ -171,11 +175,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("matrix", choices=MATRICES)
     parser.add_argument("--every", type=int, default=1, help="prove only every n-th layout")
+    parser.add_argument("--most-ranks", type=int, default=8, help="leave out layouts of more ranks")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--record", action="store_true", help="keep the table under benchmarks/records/")
     arguments = parser.parse_args()
     began = time.perf_counter()
-    layouts = list(MATRICES[arguments.matrix]())[:: arguments.every]
-    proofs = prove_all(layouts)
+    layouts = [layout for layout in MATRICES[arguments.matrix]() if layout.world_size <= arguments.most_ranks]
+    layouts = layouts[:: arguments.every]
+    proofs = prove_all(layouts, arguments.device)
     rows = [_row(layout, proof) for layout, proof in zip(layouts, proofs, strict=True)]
     passed = sum(row["passed"] for row in rows)
     print(table(rows))

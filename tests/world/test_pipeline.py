@@ -77,7 +77,7 @@ def case_plan(case: tuple[Any, ...], **train: Any) -> Plan:
 
 
 def name(case: tuple[Any, ...]) -> str:
-    family, layers, tied, microbatches, dp, tp, pp, zero, schedule, virtual, _ = case
+    _, _, tied, microbatches, dp, tp, pp, zero, schedule, virtual, _ = case
     return f"{schedule}{virtual if virtual > 1 else ''}-dp{dp}tp{tp}pp{pp}-zero{zero}-m{microbatches}" + "-tied" * tied
 
 

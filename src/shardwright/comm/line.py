@@ -4,14 +4,18 @@ Note: one channel for each direction of each link. NCCL carries out the transfer
 order in which each of them posted, so two ranks that each post a receive ahead of a send would wait for each other for
 ever. On CUDA every directed link of the ring therefore has a group of two ranks to itself; gloo matches each sender's
 messages to the receives from it, in order, and one group serves all. `Groups` needs ranks that have made equally many
-groups: links are made in rounds in which no rank has two, and a rank without one makes a group of itself.
+groups: links are made in rounds in which no rank has two, and a rank without one makes a group of itself. NCCL connects
+two ranks when both have posted their first transfer, and holds the one that came first until then, which in a schedule
+may wait for more than that: so every channel carries a first message when it is made.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -29,14 +33,21 @@ class Line:
     @staticmethod
     def of(mesh: Mesh) -> Line:
         """The line of a mesh's rank."""
-        axis, channels = mesh.pp, {}
-        if mesh.device.type == "cuda":
-            for number, links in enumerate(_rounds(axis.degree)):
-                own = next((link for link in links if axis.index in link), (axis.index,))
-                ranks = tuple(axis.ranks[position] for position in sorted(own))
-                ways = [mesh.groups.get(ranks, f"pipeline-{number}-{way}") for way in ("down", "up")]
-                channels |= dict(zip((own, own[::-1]), ways, strict=True))
-        return Line(axis, channels)
+        if mesh.device.type != "cuda":
+            return Line(mesh.pp, {})
+        # It warns of transfers that wait for others of their group: here a group has those of one link and direction.
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
+        line = Line(mesh.pp, _channels(mesh))
+        line.connect(mesh.device)
+        return line
+
+    def connect(self, device: torch.device) -> None:
+        """Send a first message over every channel of this rank."""
+        for source, to in self.channels:
+            if source != to:
+                other = to if source == self.index else source
+                transfer = send if source == self.index else receive
+                transfer(torch.zeros(1, device=device), self, other, reason="pipeline/connect").wait()
 
     @property
     def index(self) -> int:
@@ -50,7 +61,17 @@ class Line:
         return group
 
 
-def _rounds(degree: int) -> list[list[tuple[int, ...]]]:
+def _channels(mesh: Mesh) -> dict[tuple[int, int], dist.ProcessGroup]:
+    axis, channels = mesh.pp, {}
+    for number, links in enumerate(_rounds(axis.degree)):
+        own = next((link for link in links if axis.index in link), (axis.index, axis.index))
+        ranks = tuple(axis.ranks[position] for position in sorted(set(own)))
+        down, up = (mesh.groups.get(ranks, f"pipeline-{number}-{way}") for way in ("down", "up"))
+        channels |= {own: down, own[::-1]: up}
+    return channels
+
+
+def _rounds(degree: int) -> list[list[tuple[int, int]]]:
     """The ring's links in rounds in which each position has one at most."""
     links = [(i, (i + 1) % degree) for i in range(degree if degree > 2 else degree - 1)]
     colours = [2 if degree % 2 and i == degree - 1 else i % 2 for i in range(len(links))]

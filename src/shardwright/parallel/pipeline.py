@@ -3,8 +3,13 @@
 Note: what is kept between the actions of a microbatch. A forward leaves autograd's graph, its input, and nothing of its
 output: the backward starts at the output's edge in the graph, which needs no values, so the memory is free as soon as
 the output has been sent. A backward leaves the gradient of the input. Sends are waited for when the second one after
-them on the same link is due, so that two of them at most hold their memory; the schedule's validator proves that no rank
-would wait for ever even if each send had to be waited for at once.
+them on the same link is due, so that two of them at most hold their memory; the schedule's validator proves that no
+rank would wait for ever even if each send had to be waited for at once.
+
+Note: a rehearsal on GPUs. CUDA loads a kernel when it is first launched, and may wait for all running kernels before it
+does. A receive that was posted ahead is a running kernel, which ends only when the sender has sent; so two ranks that
+each load a kernel under a receive could wait for each other for ever. Before its first transfer each rank therefore
+runs its stages once on made-up inputs.
 """
 
 from __future__ import annotations
@@ -54,12 +59,14 @@ class Pipeline:
     program: Program
     boundary: Boundary
     between: Callable[[], None] | None = None
+    _rehearsed: bool = field(default=False, init=False)
 
     def run(self, microbatches: Sequence[Microbatch], scale: Tensor) -> Tensor:
         """Forward and backward of each (tokens, targets); the sum of the losses times `scale`, a detached scalar.
 
         It is zero on ranks that do not have the last stage.
         """
+        self._rehearse_on_gpu(microbatches)
         self.states.begin_step(len(microbatches))
         actions = self.program.step(len(microbatches)).actions[self.line.index]
         execution = Execution(self, microbatches, scale)
@@ -80,13 +87,39 @@ class Pipeline:
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """The sum of the losses of each (tokens, targets), fp64, without gradients; zero as `run`'s."""
-        one = torch.ones((), dtype=torch.float64, device=self.boundary.device)
-        execution = Execution(self, microbatches, one)
+        self._rehearse_on_gpu(microbatches)
+        execution = Execution(self, microbatches, torch.ones_like(self._zero()))
         with torch.no_grad():
             for action in self.program.evaluation(len(microbatches)).actions[self.line.index]:
                 execution.perform(action)
         execution.finish()
         return execution.total
+
+    def rehearse(self, microbatch: Microbatch, *, halves: bool) -> None:
+        """Forward and backward of one microbatch on this rank's stages, from inputs of zeros, without any transfer.
+
+        Its gradients are of no use: a step forgets them when it begins.
+        """
+        backward = (Kind.INPUT, Kind.WEIGHT) if halves else (Kind.BACKWARD,)
+        self.states.begin_step(1)
+        execution = Execution(self, [microbatch], torch.ones_like(self._zero()))
+        for number in self.stages:
+            execution.make_up(number)
+            for kind in (Kind.FORWARD, *backward):
+                execution.perform(Action(kind, number, 0))
+        self.states.collect_gradients()
+
+    def _rehearse_on_gpu(self, microbatches: Sequence[Microbatch]) -> None:
+        """See the note."""
+        if self.boundary.device.type == "cuda" and self.line.axis.degree > 1 and not self._rehearsed:
+            schedule = self.program.step(len(microbatches))
+            with torch.enable_grad():
+                self.rehearse(microbatches[0], halves=schedule.splits_backward)
+            torch.cuda.synchronize(self.boundary.device)
+        self._rehearsed = True
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.boundary.device)
 
 
 def _following(actions: Sequence[Action], index: int) -> Action | None:
@@ -146,6 +179,11 @@ class Execution:
             self._forward(action.stage, action.microbatch, stays)
         else:
             self._perform[action.kind](action.stage, action.microbatch)
+
+    def make_up(self, stage: int) -> None:
+        """Put zeros in the place of what the first microbatch of a stage would receive."""
+        zeros = self.pipeline.boundary.empty(self.microbatches[0][0]).zero_()
+        self._inputs[stage, 0], self._gradients[stage, 0] = (zeros, None), (zeros.clone(), None)
 
     def finish(self) -> None:
         """Wait for the sends that are still under way."""

@@ -14,8 +14,8 @@ makes and the backward is given. A unit's gradient is complete when every passag
 
 Note: two halves of a backward. I computes the gradients of activations and leaves the products that make weight
 gradients undone (their two factors are kept); W makes them. For the units that have such products everything that
-reaches their buffers, and their reduction, belongs to W: no gradient buffer waits from I to W. W reads no parameters, so
-under ZeRO-3 it gathers none. Units without such products, such as the embedding and the head, are done with in I.
+reaches their buffers, and their reduction, belongs to W: no gradient buffer waits from I to W. W reads no parameters,
+so under ZeRO-3 it gathers none. Units without such products, such as the embedding and the head, are done with in I.
 """
 
 from __future__ import annotations
