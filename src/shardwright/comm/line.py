@@ -37,7 +37,7 @@ class Line:
             return Line(mesh.pp, {})
         # It warns of transfers that wait for others of their group: here a group has those of one link and direction.
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
-        line = Line(mesh.pp, _channels(mesh))
+        line = Line(mesh.pp, channels_of(mesh))
         line.connect(mesh.device)
         return line
 
@@ -61,9 +61,10 @@ class Line:
         return group
 
 
-def _channels(mesh: Mesh) -> dict[tuple[int, int], dist.ProcessGroup]:
+def channels_of(mesh: Mesh) -> dict[tuple[int, int], dist.ProcessGroup]:
+    """A group for each directed link (from, to) of this rank, and groups of itself where it has none in a round."""
     axis, channels = mesh.pp, {}
-    for number, links in enumerate(_rounds(axis.degree)):
+    for number, links in enumerate(rounds(axis.degree)):
         own = next((link for link in links if axis.index in link), (axis.index, axis.index))
         ranks = tuple(axis.ranks[position] for position in sorted(set(own)))
         down, up = (mesh.groups.get(ranks, f"pipeline-{number}-{way}") for way in ("down", "up"))
@@ -71,7 +72,7 @@ def _channels(mesh: Mesh) -> dict[tuple[int, int], dist.ProcessGroup]:
     return channels
 
 
-def _rounds(degree: int) -> list[list[tuple[int, int]]]:
+def rounds(degree: int) -> list[list[tuple[int, int]]]:
     """The ring's links in rounds in which each position has one at most."""
     links = [(i, (i + 1) % degree) for i in range(degree if degree > 2 else degree - 1)]
     colours = [2 if degree % 2 and i == degree - 1 else i % 2 for i in range(len(links))]
