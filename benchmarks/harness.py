@@ -163,17 +163,17 @@ def _shown(quotient: tuple[float, float, float] | None) -> str:
 def table(results: Sequence[Result], tokens_per_step: int, columns: Sequence[str] = ()) -> str:
     """Medians with quartiles, and ratios by pairs, as a Markdown table.
 
-    Each case stands beside its own peer or, where `columns` name cases, beside each of these in a column of its own.
+    Each case stands beside its own peer, and beside each case that `columns` names in a column of its own.
     """
     named = {result.name: result for result in results}
     heads = ["case", "parameters / gradients / reduced in / masters", "ms a step (quartiles)", "tokens/s"]
-    heads += [f"x {name}" for name in columns] or ["beside its peer"]
+    heads += ["beside its peer", *(f"x {name}" for name in columns)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for result in results:
         low, middle, high = quartiles(result.seconds)
         pair = _shown(ratio(result, results))
         beside = [_shown(against(result, named[name])) if name != result.name else "" for name in columns]
-        beside = beside or [pair and f"{pair} x {result.peer}"]
+        beside = [pair and f"{pair} x {result.peer}", *beside]
         times = f"{middle * 1e3:.0f} ({low * 1e3:.0f} to {high * 1e3:.0f})"
         rate = f"{tokens_per_step / middle:,.0f}"
         lines.append(f"| {result.name} | {result.precision} | {times} | {rate} | {' | '.join(beside)} |")

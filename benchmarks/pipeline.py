@@ -4,8 +4,9 @@
 
 A microbatch is one sequence of 512 tokens. Both sides clip by the global norm, summed over the stages in one small
 reduction that carries the loss too, and update with fused AdamW. The peers run with the even split that is usually
-written and with the balanced one, which counts the head. Peak memory is measured apart, each case in fresh processes.
-bf16 is run where the CPU has units for it, or when asked for: without them it is many times slower than fp32.
+written and with the balanced one, which counts the head; each of our schedules stands beside torch's own. Peak memory
+is measured apart, each case in fresh processes. bf16 is run where the CPU has units for it, or when asked for: without
+them it is many times slower than fp32.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from benchmarks.ceiling import ceiling
-from benchmarks.harness import Case, Result, Step, memory_table, peaks, race, table, write_record
+from benchmarks.harness import Case, Peak, Result, Step, memory_table, peaks, race, table, write_record
 from benchmarks.peers.pipelining import torch_pipeline
 from shardwright.comm.mesh import Mesh
 from shardwright.data.samples import RandomSamples
@@ -62,7 +64,7 @@ def shardwright(rank: int, world: int, *, plan: Plan) -> Step:
     """Shardwright's own training step."""
     runtime = compose(plan, Mesh(plan.topology, torch.device("cpu")))
     optimizer = make_optimizer(plan.spec.train, runtime.states.owned_tensors())
-    samples = RandomSamples(plan.architecture.vocab, LENGTH, 0)
+    samples = RandomSamples(plan.architecture.vocab, plan.sequence_length, 0)
     return lambda step: train_step(runtime, optimizer, rank_batch(runtime, samples, step), 1e-3).loss
 
 
@@ -75,46 +77,46 @@ def peers(dtype: str, layers: int, even: Split, balanced: Split) -> list[Case]:
     """torch's schedules, in one dtype throughout; in bf16 the balanced 1F1B under autocast too, which keeps fp32."""
     plan = plan_of("fp32", "fp32", layers)  # for sizes alone
     precision = f"{dtype} / {dtype} / - / {'-' if dtype == 'fp32' else 'none'}"
+    rows = [("1f1b", even), ("1f1b", balanced), ("gpipe", even), ("gpipe", balanced), ("zb-h1", balanced)]
+    rows += [(name, plan_of("fp32", "fp32", layers, name, 2).layers_per_stage) for name in ("interleaved", "zbv")]
     found = []
-    for title, schedule in (("1F1B", "1f1b"), ("GPipe", "gpipe")):
-        for split in (even, balanced):
-            make = partial(torch_pipeline, plan=plan, schedule=schedule, split=split, dtype=dtype)
-            found.append(Case(f"torch {title}, {shown(split)}", precision, make))
+    for schedule, split in rows:
+        make = partial(torch_pipeline, plan=plan, schedule=schedule, split=split, dtype=dtype)
+        found.append(Case(f"torch {schedule}, {shown(split)}", precision, make))
     if dtype == "bf16":
         make = partial(torch_pipeline, plan=plan, schedule="1f1b", split=balanced, dtype="fp32", autocast=True)
-        found.append(Case(f"torch 1F1B autocast, {shown(balanced)}", "fp32 / fp32 / - / -", make))
+        found.append(Case(f"torch 1f1b autocast, {shown(balanced)}", "fp32 / fp32 / - / -", make))
     return found
 
 
-def ours(dtype: str, layers: int, even: Split, balanced: Split) -> list[Case]:
-    """Every schedule of ours, each with the torch schedule that keeps as much; fp32 masters under bf16."""
-    masters = "-" if dtype == "fp32" else "fp32"
-    rows: list[tuple[str, str, int, Split, str]] = [
-        ("1f1b", dtype, 1, (), f"torch 1F1B, {shown(balanced)}"),
-        ("1f1b", dtype, 1, even, f"torch 1F1B, {shown(even)}"),
-        ("gpipe", dtype, 1, (), f"torch GPipe, {shown(balanced)}"),
-        ("zb-h1", dtype, 1, (), f"torch 1F1B, {shown(balanced)}"),
-        ("interleaved", dtype, 2, (), f"torch 1F1B, {shown(balanced)}"),
-        ("zbv", dtype, 2, (), f"torch 1F1B, {shown(balanced)}"),
-    ]
-    if dtype == "bf16":
-        rows.append(("1f1b", "fp32", 1, (), f"torch 1F1B autocast, {shown(balanced)}"))
+def ours(dtype: str, plans: Sequence[Plan]) -> list[Case]:
+    """Shardwright's case of each plan, beside torch's case of the same schedule and split; fp32 masters under bf16."""
     found = []
-    for schedule, grad_dtype, virtual_stages, stages, peer in rows:
-        plan = plan_of(dtype, grad_dtype, layers, schedule, virtual_stages, stages)
-        suffix = "" if grad_dtype == dtype else f", {grad_dtype} gradients"
-        name = f"{schedule}, {shown(plan.layers_per_stage)}{suffix}"
-        found.append(Case(name, f"{dtype} / {grad_dtype} / - / {masters}", partial(shardwright, plan=plan), peer))
+    for plan in plans:
+        schedule, split = plan.spec.parallel.pipeline_schedule, shown(plan.layers_per_stage)
+        suffix, kind = ("", "") if plan.grad_dtype == dtype else (f", {plan.grad_dtype} gradients", " autocast")
+        precision = f"{dtype} / {plan.grad_dtype} / - / {'-' if dtype == 'fp32' else 'fp32'}"
+        make = partial(shardwright, plan=plan)
+        found.append(Case(f"{schedule}, {split}{suffix}", precision, make, f"torch {schedule}{kind}, {split}"))
     return found
 
 
 def cases(dtype: str, layers: int) -> list[Case]:
     """The contenders of one precision, peers first, and the ceiling."""
-    plan = plan_of(dtype, dtype, layers)
-    even, balanced = (layers // 2, layers - layers // 2), plan.layers_per_stage
-    found = [*peers(dtype, layers, even, balanced), *ours(dtype, layers, even, balanced)]
-    masters = "-" if dtype == "fp32" else "fp32"
-    top = Case(CEILING, f"{dtype} / {dtype} / - / {masters}", partial(ceiling, plan=plan), modelled=True)
+    plan, even = plan_of(dtype, dtype, layers), (layers // 2, layers - layers // 2)
+    plans = [
+        plan,
+        plan_of(dtype, dtype, layers, stages=even),
+        plan_of(dtype, dtype, layers, "gpipe"),
+        plan_of(dtype, dtype, layers, "zb-h1"),
+        plan_of(dtype, dtype, layers, "interleaved", 2),
+        plan_of(dtype, dtype, layers, "zbv", 2),
+    ]
+    if dtype == "bf16":
+        plans.append(plan_of(dtype, "fp32", layers))
+    found = [*peers(dtype, layers, even, plan.layers_per_stage), *ours(dtype, plans)]
+    precision = f"{dtype} / {dtype} / - / {'-' if dtype == 'fp32' else 'fp32'}"
+    top = Case(CEILING, precision, partial(ceiling, plan=plan), modelled=True)
     return [*{case.name: case for case in found}.values(), top]  # a balanced split that is even comes once
 
 
@@ -123,7 +125,7 @@ def check_losses(results: Sequence[Result]) -> str:
     torchs = [r.first_loss for r in results if r.first_loss is not None and r.name.startswith("torch")]
     own = [r.first_loss for r in results if r.first_loss is not None and not r.name.startswith("torch")]
     assert max(own) - min(own) <= 1e-5 * min(own), f"one model, different losses: {own}"
-    assert abs(max(torchs) - min(own)) <= 0.05 * min(own), f"losses far from each other: {own}, {torchs}"
+    assert max(abs(loss - min(own)) for loss in torchs) <= 0.05 * min(own), f"far from each other: {own}, {torchs}"
     return f"first losses: ours {min(own):.6f} to {max(own):.6f}, torch's {min(torchs):.4f} to {max(torchs):.4f}"
 
 
@@ -135,22 +137,37 @@ def main() -> None:
     native = ["fp32", "bf16"] if cpu_computes_bf16() else ["fp32"]
     parser.add_argument("--dtype", nargs="+", default=native, choices=["fp32", "bf16"])
     parser.add_argument("--layers", type=int, default=8, help="fewer, at least 4, to try the program")
+    parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="cases whose names hold one of these")
     parser.add_argument("--record", action="store_true", help="keep the figures under benchmarks/records/")
     arguments = parser.parse_args()
     if arguments.record and arguments.layers != 8:
         parser.error("--record is for the whole model of 8 layers")
     tokens = SEQUENCES * MICROBATCHES * LENGTH
     for dtype in arguments.dtype:
-        contenders = cases(dtype, arguments.layers)
+        contenders = [
+            case
+            for case in cases(dtype, arguments.layers)
+            if not arguments.only or any(part in case.name for part in arguments.only)
+        ]
         results = race(contenders, world=WORLD, rounds=arguments.rounds, steps=arguments.steps)
-        columns = [*(case.name for case in contenders if case.name.startswith("torch 1F1B")), CEILING]
+        columns = [case.name for case in contenders if case.modelled or case is contenders[0]]
         print(f"{dtype}, {check_losses(results)}\n")
         print(table(results, tokens, columns), end="\n\n", flush=True)
+        chosen = "".join(f' "{part}"' for part in arguments.only)
+        options = f"--dtype {dtype} --rounds {arguments.rounds}" + (f" --only{chosen}" if chosen else "")
+        keep = partial(_keep, dtype, options, results, columns) if arguments.record else None
+        if keep:
+            keep(())  # the race is kept even if what follows is interrupted
         memory = peaks([case for case in contenders if not case.modelled], world=WORLD)
         print(memory_table(memory, {case.name: case.peer for case in contenders}), end="\n\n", flush=True)
-        if arguments.record:
-            command = f"python -m benchmarks.pipeline --dtype {dtype} --rounds {arguments.rounds}"
-            print(write_record(f"pipeline_{dtype}", command, results, WORLD, tokens, columns, memory))
+        if keep:
+            print(keep(memory))
+
+
+def _keep(dtype: str, options: str, results: Sequence[Result], columns: Sequence[str], memory: Sequence[Peak]) -> Path:
+    command = f"python -m benchmarks.pipeline {options}"
+    tokens = SEQUENCES * MICROBATCHES * LENGTH
+    return write_record(f"pipeline_{dtype}", command, results, WORLD, tokens, columns, memory)
 
 
 if __name__ == "__main__":

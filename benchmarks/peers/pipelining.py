@@ -18,6 +18,7 @@ from torch.distributed.pipelining import (
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
 from torch.nn import functional as F
@@ -30,7 +31,11 @@ from shardwright.plan.plan import Plan
 from shardwright.spec.architecture import Architecture
 
 SINGLE = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
-MULTI = {"interleaved": ScheduleInterleaved1F1B, "zbv": ScheduleZBVZeroBubble}
+MULTI = {
+    "interleaved": ScheduleInterleaved1F1B,
+    "zb-h1": ScheduleInterleavedZeroBubble,  # with one stage on each rank it is the paper's ZB1P, 1F1B with I and W
+    "zbv": ScheduleZBVZeroBubble,
+}
 
 
 class LlamaStage(nn.Module):

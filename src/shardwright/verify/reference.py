@@ -48,8 +48,9 @@ def _record(trace: Trace, step: int, kind: str, tensors: list[Tensor], pieces: l
 def trace_one_device(plan: Plan, steps: int, *, backwards: bool = False) -> Trace:
     """Run `steps` steps of a plan's global batches on one device.
 
-    `backwards` takes the sequences in the opposite order, one at a time: the same sums in another order, so that the
-    difference of two such traces is rounding noise and nothing else.
+    `backwards` takes the sequences in the opposite order, one at a time where microbatches have several and two where
+    they have one: the same sums in another order, inside products too, so that the difference of two such traces is
+    rounding noise and nothing else.
     """
     train = plan.spec.train
     dtype, grad_dtype = torch_dtype(plan.dtype), torch_dtype(plan.grad_dtype)
@@ -67,7 +68,7 @@ def trace_one_device(plan: Plan, steps: int, *, backwards: bool = False) -> Trac
     for step in range(steps):
         batch = samples.at(global_positions(plan, step))
         num_targets = max(batch.num_targets(), 1)
-        size = 1 if backwards else train.micro_batch_size
+        size = (2 if train.micro_batch_size == 1 else 1) if backwards else train.micro_batch_size
         gradients = [torch.zeros_like(p, dtype=grad_dtype) for p in parameters]
         loss_sum = 0.0
         for tokens, targets in _microbatches(batch, size, backwards):
