@@ -268,10 +268,14 @@ def actions_of(place: Place, plan: Plan) -> list[Action]:
 class Chain(nn.Module):
     """A model whose linear layers no table names; embedding and output may be one parameter."""
 
-    def __init__(self, layers: int, tied: bool, shared_layer: bool = False) -> None:
+    def __init__(
+        self, layers: int, tied: bool, shared_layer: bool = False, same: dict[int, int] | None = None, repeat: int = 1
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(61, 16)
-        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(layers))
+        self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(layers // repeat)] * repeat)
+        for layer, other in (same or {}).items():
+            self.layers[layer].weight = self.layers[other].weight
         self.output = Output(self.embedding.weight if tied else nn.Parameter(torch.empty(61, 16)))
         if shared_layer:
             for layer in self.layers:
@@ -336,6 +340,63 @@ def test_a_users_own_model_is_the_same_in_a_pipeline_as_on_one_rank(
     (reference,) = read_traces(tmp_path / "1", 1)
     found = compare(read_traces(tmp_path / "4", 4), reference, piped, STEPS, {kind: BARS["fp64"] for kind in KINDS})
     assert found.missing is None and found.first_difference is None, found.first_difference
+
+
+SHARING: list[tuple[dict[int, int], int, str, int]] = [
+    ({2: 0}, 1, "1f1b", 2),  # the weight alone is shared; the bias of the same module is not
+    ({3: 0, 2: 1}, 1, "1f1b", 2),  # two, in opposite orders on their two ranks
+    ({2: 1, 4: 3, 5: 0}, 1, "1f1b", 3),  # a ring of three ranks
+    ({}, 4, "interleaved", 2),  # one block in every stage
+    ({}, 2, "zbv", 2),
+]
+
+
+@pytest.mark.parametrize(("same", "repeat", "schedule", "pp"), SHARING, ids=[str(i) for i in range(len(SHARING))])
+def test_layers_that_share_across_stages(
+    pool: Pool, tmp_path: Path, same: dict[int, int], repeat: int, schedule: str, pp: int
+) -> None:
+    layers = 6 if pp == 3 else 4
+    virtual = 1 if schedule == "1f1b" else 2
+    parallel = {"dp": 1, "pp": pp, "pipeline_schedule": schedule, "virtual_stages": virtual}
+    parallel["stages"] = [layers // (pp * virtual)] * (pp * virtual)
+    one, piped = plan_of(OWN | {"layers": layers}, {"dp": 1}), plan_of(OWN | {"layers": layers}, parallel)
+    for plan in (one, piped):
+        (tmp_path / str(plan.world_size)).mkdir()
+        arguments = (layers, False, False, same, repeat)
+        told = pool.run(plan.world_size, own_model, plan, tmp_path / str(plan.world_size), arguments)
+        assert told == [""] * plan.world_size
+    (reference,) = read_traces(tmp_path / "1", 1)
+    found = compare(
+        read_traces(tmp_path / str(pp), pp), reference, piped, STEPS, {kind: BARS["fp64"] for kind in KINDS}
+    )
+    assert found.missing is None and found.first_difference is None, found.first_difference
+
+
+class Transposed(First):
+    """Gives sequences before positions."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.embedding(tokens)
+
+
+def wrong_boundary(place: Place, plan: Plan) -> str:
+    """In a rank: what a model is told whose blocks exchange another shape; the others lose it."""
+    model = Chain(4, False)
+    model.blocks = lambda: [Transposed(model.embedding), *model.layers, model.output]
+    runtime = compose(plan, place.mesh(plan.topology), model)
+    try:
+        trace_layout(plan, runtime.mesh, 1, runtime)
+    except LayoutError as error:
+        return str(error)
+    return ""
+
+
+def test_a_boundary_of_another_shape_is_refused(pool: Pool) -> None:
+    plan = plan_of(OWN, {"dp": 1, "pp": 1, "pipeline_schedule": "interleaved", "virtual_stages": 2})
+    assert pool.run(1, wrong_boundary, plan) == [
+        "parallel.pp: Linear, the last block of stage 0, gives torch.float64 [2, 13, 16], but torch.float64 "
+        "[13, 2, 16] goes from stage to stage\n  blocks exchange [positions, sequences, model.hidden] in the dtype of the plan"
+    ]
 
 
 @pytest.mark.parametrize(

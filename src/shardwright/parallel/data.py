@@ -40,8 +40,10 @@ class DataParallel:
 class Twin:
     """A parameter that two stages of a pipeline use lives on the ranks of both, and `other` is the other's position.
 
-    Both hold the same share of it, sum its gradient, and so make the same update twice.
+    Both hold the same share of it, sum its gradient, and so make the same update twice. `order` is the parameter's
+    place in the model: two ranks may share several, and exchange them in that order.
     """
 
     line: Line
     other: int
+    order: int

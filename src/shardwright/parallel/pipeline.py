@@ -96,18 +96,25 @@ class Pipeline:
         return execution.total
 
     def rehearse(self, microbatch: Microbatch, *, halves: bool) -> None:
-        """Forward and backward of one microbatch on this rank's stages, from inputs of zeros, without any transfer.
+        """What a step and an evaluation do on this rank's stages, from zeros, without the pipeline's transfers.
 
-        Its gradients are of no use: a step forgets them when it begins.
+        The microbatch runs twice, because a second gradient is added where a first is written. The gradients are of no
+        use: a step forgets them when it begins.
         """
         backward = (Kind.INPUT, Kind.WEIGHT) if halves else (Kind.BACKWARD,)
-        self.states.begin_step(1)
-        execution = Execution(self, [microbatch], torch.ones_like(self._zero()))
-        for number in self.stages:
-            execution.make_up(number)
-            for kind in (Kind.FORWARD, *backward):
-                execution.perform(Action(kind, number, 0))
+        self.states.begin_step(2)
+        for _ in range(2):
+            for number in self.stages:
+                execution = Execution(self, [microbatch], torch.ones_like(self._zero()))
+                execution.make_up(number)
+                for kind in (Kind.FORWARD, *backward):
+                    execution.perform(Action(kind, number, 0))
         self.states.collect_gradients()
+        with torch.no_grad():
+            for number in self.stages:
+                execution = Execution(self, [microbatch], torch.ones_like(self._zero()))
+                execution.make_up(number)
+                execution.perform(Action(Kind.FORWARD, number, 0))
 
     def _rehearse_on_gpu(self, microbatches: Sequence[Microbatch]) -> None:
         """See the note."""
@@ -207,6 +214,7 @@ class Execution:
         if torch.is_grad_enabled():
             self._kept[number, microbatch] = _Kept(passage, x, get_gradient_edge(y))
         if not stage.is_last:
+            self.pipeline.boundary.check(y, stage, tokens)
             self._inputs[number + 1, microbatch] = (y.detach(), None)
 
     def _backward(self, number: int, microbatch: int) -> None:

@@ -54,11 +54,25 @@ class Boundary:
     dtype: torch.dtype
     device: torch.device
 
-    def empty(self, tokens: Tensor) -> Tensor:
-        """Memory for one microbatch's activations, or for their gradient."""
+    def shape(self, tokens: Tensor) -> tuple[int, int, int]:
+        """Of one microbatch's activations."""
         sequences, positions = tokens.shape
         begin, end = self.region.local_positions(positions)
-        return torch.empty(end - begin, sequences, self.hidden, dtype=self.dtype, device=self.device)
+        return end - begin, sequences, self.hidden
+
+    def empty(self, tokens: Tensor) -> Tensor:
+        """Memory for one microbatch's activations, or for their gradient."""
+        return torch.empty(self.shape(tokens), dtype=self.dtype, device=self.device)
+
+    def check(self, output: Tensor, stage: Stage, tokens: Tensor) -> None:
+        """Raises LayoutError where a stage gives what the next does not expect: bytes alone would not tell it."""
+        expected = self.shape(tokens)
+        if tuple(output.shape) != expected or output.dtype != self.dtype:
+            raise LayoutError(
+                f"parallel.pp: {type(stage.blocks[-1]).__name__}, the last block of stage {stage.number}, gives "
+                f"{output.dtype} {list(output.shape)}, but {self.dtype} {list(expected)} goes from stage to stage",
+                "blocks exchange [positions, sequences, model.hidden] in the dtype of the plan",
+            )
 
 
 def cut(model: nn.Module, blocks: Sequence[nn.Module], layers_per_stage: Sequence[int]) -> list[Stage]:
@@ -87,7 +101,7 @@ def shared_with(stages: Sequence[Stage], placement: Sequence[int], line: Line) -
     Raises LayoutError where more than two ranks would have one.
     """
     found: dict[nn.Parameter, Shared] = {}
-    for parameter, ranks in _ranks_of_parameters(stages, placement).items():
+    for order, (parameter, ranks) in enumerate(_ranks_of_parameters(stages, placement).items()):
         if len(ranks) > 2:
             raise LayoutError(
                 f"parallel.pp: a parameter is used by stages on {len(ranks)} ranks of the pipeline",
@@ -95,7 +109,7 @@ def shared_with(stages: Sequence[Stage], placement: Sequence[int], line: Line) -
             )
         if len(ranks) == 2 and line.index in ranks:
             other = ranks[1 - ranks.index(line.index)]
-            found[parameter] = Shared(Twin(line, other), counts=line.index == ranks[0])
+            found[parameter] = Shared(Twin(line, other, order), counts=line.index == ranks[0])
     return found
 
 

@@ -46,10 +46,16 @@ def build(name: str, num_ranks: int, virtual_stages: int, num_microbatches: int)
 
 
 def forward_only(placement: Sequence[int], num_microbatches: int) -> Schedule:
-    """The schedule of an evaluation: every rank takes its stages in order, and all microbatches on each."""
-    programs: list[list[Action]] = [[] for _ in range(max(placement) + 1)]
-    for stage, rank in enumerate(placement):
-        programs[rank] += [Action(Kind.FORWARD, stage, microbatch) for microbatch in range(num_microbatches)]
+    """The schedule of an evaluation: every rank takes its stages in order, for one group of microbatches after another.
+
+    A group has as many as there are ranks, so that between two stages of a rank no more than that are kept.
+    """
+    num_ranks = max(placement) + 1
+    programs: list[list[Action]] = [[] for _ in range(num_ranks)]
+    for begin in range(0, num_microbatches, num_ranks):
+        group = range(begin, min(begin + num_ranks, num_microbatches))
+        for stage, rank in enumerate(placement):
+            programs[rank] += [Action(Kind.FORWARD, stage, microbatch) for microbatch in group]
     return Schedule("forward_only", tuple(placement), num_microbatches, tuple(tuple(program) for program in programs))
 
 

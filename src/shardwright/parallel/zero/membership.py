@@ -53,6 +53,8 @@ def make_units(
     for parameters in _groups(blocks, shared):
         _refuse_frozen(parameters, held)
         unit = _make_unit(parameters, held, shared.get(parameters[0]), storage)
+        if any(unit.name == other.name for other in units):
+            unit.name = f"{unit.name}#{len(units)}"
         units.append(unit)
         unit_of |= dict.fromkeys(parameters, unit)
         slots = zip(unit.layout.slots, unit.parameters, strict=True)
@@ -90,8 +92,10 @@ def _make_unit(
     members = [Member(tuple(p.shape), held[p].pieces, held[p].partial) for p in parameters]
     if shared is not None and not shared.counts:
         members = [replace(m, pieces=tuple(replace(piece, counts=False) for piece in m.pieces)) for m in members]
+    names = [held[p].pieces[0].box.name for p in parameters]
     return Unit(
-        _common_name([held[p].pieces[0].box.name for p in parameters]),
+        # Optimizer state is kept by this name: a parameter by itself is not called as the rest of its module is.
+        names[0] if shared is not None else _common_name(names),
         members,
         storage.stage,
         storage.data,

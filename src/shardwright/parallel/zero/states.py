@@ -122,13 +122,21 @@ class States:
                     parameter.gradient_sink = sink  # type: ignore[attr-defined]
         return {stage: [s for unit in used for s in sinks.get(unit, [])] for stage, used in self._of_stage.items()}
 
+    def _is_elsewhere(self, stage: int) -> bool:
+        """Whether the stage that runs is another: one block may be listed in several."""
+        return self._forward is not None and self._forward.stage != stage
+
     def _before_forward(self, stage: int, index: int, *_: Any) -> None:
+        if self._is_elsewhere(stage):
+            return
         for unit in self._uses[stage][index]:
             unit.need()
             self._active[unit] += 1
         self._gather(stage, index + 1)
 
     def _after_forward(self, stage: int, index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if self._is_elsewhere(stage):
+            return
         passage = self._forward
         tensors = [t for t in _tensors(output) if t.requires_grad]
         if tensors and passage is not None:
@@ -280,6 +288,10 @@ class States:
             unit.finish_scatter()
         for unit in reversed(self.units):
             unit.finish_reduction()
+        # All under way before any is waited for, and in one order: pairs of ranks may form chains and rings.
+        twins = sorted((u.twin.order, u) for u in self.units if u.twin is not None)
+        for handle in [unit.exchange() for _, unit in twins]:
+            handle.wait()
         self._in_flight = []
         return self.owned_tensors()
 

@@ -202,10 +202,14 @@ class Unit:
         self.finish_scatter()
         self._summing.wait()
         self._summing = DONE
-        if self.twin is not None:
-            exchange_sum(self.owned_gradient, self.twin.line, self.twin.other, reason="pipeline/tied").wait()
         if self.residency is Residency.GATHERING:
             self.need()
+
+    def exchange(self) -> Handle:
+        """Begin to sum the complete owned gradient with that of the twin, where there is one."""
+        if self.twin is None:
+            return DONE
+        return exchange_sum(self.owned_gradient, self.twin.line, self.twin.other, reason="pipeline/tied")
 
     def owned_tensor(self) -> OwnedTensor:
         """What the optimizer updates."""
