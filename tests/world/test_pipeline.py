@@ -395,7 +395,8 @@ def test_a_boundary_of_another_shape_is_refused(pool: Pool) -> None:
     plan = plan_of(OWN, {"dp": 1, "pp": 1, "pipeline_schedule": "interleaved", "virtual_stages": 2})
     assert pool.run(1, wrong_boundary, plan) == [
         "parallel.pp: Linear, the last block of stage 0, gives torch.float64 [2, 13, 16], but torch.float64 "
-        "[13, 2, 16] goes from stage to stage\n  blocks exchange [positions, sequences, model.hidden] in the dtype of the plan"
+        "[13, 2, 16] goes from stage to stage\n"
+        "  blocks exchange [positions, sequences, model.hidden] in the dtype of the plan"
     ]
 
 
