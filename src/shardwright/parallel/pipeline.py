@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -131,7 +130,7 @@ class Pipeline:
 
 def _following(actions: Sequence[Action], index: int) -> Action | None:
     """The next action that computes."""
-    return next((action for action in islice(actions, index + 1, None) if action.kind.computes), None)
+    return next((actions[i] for i in range(index + 1, len(actions)) if actions[i].kind.computes), None)
 
 
 def _is_backward_of(following: Action | None, action: Action) -> bool:
