@@ -36,6 +36,8 @@ def rotary_frequencies(architecture: Architecture) -> Tensor:
 class Rotary(nn.Module):
     """Rotates pairs (i, i + D/2) of each head by an angle proportional to the position (Su et al. 2021)."""
 
+    recomputable = True
+
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
@@ -50,11 +52,52 @@ class Rotary(nn.Module):
             self._tables[key] = (angles.cos().to(like), angles.sin().to(like))
         return self._tables[key]
 
-    def forward(self, x_TBHD: Tensor) -> Tensor:
-        """Rotate queries or keys [T, B, H, D] at positions 0..T-1."""
-        cos, sin = self.tables(len(x_TBHD), x_TBHD)
-        low, high = x_TBHD.chunk(2, dim=-1)
-        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    def forward(self, x: Tensor, heads: int, head_dim: int) -> Tensor:
+        """Rotate the first `heads` heads of [T, B, features] or [T, B, H, D] at positions 0..T-1, in place."""
+        return _Rotated.apply(x, *self.tables(len(x), x), heads, head_dim)  # type: ignore[return-value]
+
+
+class _Rotated(torch.autograd.Function):
+    """In place forward and backward: a rotation needs nothing of its input, and is undone by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> Tensor:  # type: ignore[override]
+        ctx.cos, ctx.sin, ctx.heads, ctx.head_dim = cos, sin, heads, head_dim
+        ctx.mark_dirty(x)
+        _rotate(x, cos, sin, heads, head_dim)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        # The gradient of a view's parts was just put together, and is nobody else's.
+        grad = grad.contiguous()
+        _rotate(grad, ctx.cos, -ctx.sin, ctx.heads, ctx.head_dim)
+        return grad, None, None, None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> None:
+    low, high = x.view(*x.shape[:2], -1, head_dim)[:, :, :heads].chunk(2, dim=-1)
+    from_low = low * sin
+    low.mul_(cos).addcmul_(high, sin, value=-1)
+    high.mul_(cos).add_(from_low)
+
+
+class NoRotation(nn.Module):
+    """In the place of `Rotary` where positions are learned."""
+
+    def forward(self, x: Tensor, heads: int, head_dim: int) -> Tensor:
+        """The same."""
+        return x
+
+
+class MergeHeads(nn.Module):
+    """[B, H, T, D] to [T, B, features]."""
+
+    recomputable = True
+
+    def forward(self, x_BHTD: Tensor) -> Tensor:
+        """A copy, where positions do not come first in memory already."""
+        return x_BHTD.permute(2, 0, 1, 3).flatten(2)
 
 
 class Attention(nn.Module):
@@ -70,20 +113,26 @@ class Attention(nn.Module):
         # Products that feed the residual stream start smaller, by the number of them (Radford et al. 2019).
         residual_std = a.init_std / math.sqrt(2 * a.layers)
         self.out = Linear(q, a.hidden, bias=a.bias, declaration=Declaration(std=residual_std))
-        self.q_norm = RMSNorm(a.head_dim, a.norm_eps) if a.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(a.head_dim, a.norm_eps) if a.qk_norm else nn.Identity()
-        self.rotary = rotary if rotary is not None else nn.Identity()
+        self.q_norm = RMSNorm(a.head_dim, a.norm_eps) if a.qk_norm else None
+        self.k_norm = RMSNorm(a.head_dim, a.norm_eps) if a.qk_norm else None
+        self.rotary = rotary if rotary is not None else NoRotation()
         self.repeat_kv = nn.Identity()  # consecutive query heads share a key-value head, as many each
+        self.merge = MergeHeads()
 
     def forward(self, x_TBC: Tensor) -> Tensor:
         """Attend within each sequence, [T, B, C] to [T, B, C]."""
         qkv = self.qkv(x_TBC)
-        heads = qkv.view(*qkv.shape[:2], -1, self.head_dim)
         # How many heads of each kind there are is the product's affair.
-        q, k, v = heads.split([part.rows // self.head_dim for part in self.qkv.declaration.parts], dim=2)
-        q, k = self.rotary(self.q_norm(q)), self.rotary(self.k_norm(k))
+        counts = [part.rows // self.head_dim for part in self.qkv.declaration.parts]
+        if self.q_norm is None or self.k_norm is None:
+            qkv = self.rotary(qkv, counts[0] + counts[1], self.head_dim)
+            q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(counts, dim=2)
+        else:
+            q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(counts, dim=2)
+            q = self.rotary(self.q_norm(q), counts[0], self.head_dim)
+            k = self.rotary(self.k_norm(k), counts[1], self.head_dim)
         k, v = self.repeat_kv(k), self.repeat_kv(v)
         attended_BHTD = F.scaled_dot_product_attention(
             *(x.permute(1, 2, 0, 3) for x in (q, k, v)), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
         )
-        return self.out(attended_BHTD.permute(2, 0, 1, 3).flatten(2))
+        return self.out(self.merge(attended_BHTD))

@@ -42,6 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits, weight, out=grad_hidden[begin : begin + step])
             if needs_weight:
                 grad_weight = add_product(grad_weight, grad_logits.T, h)
+            del grad_logits  # or it would be there beside the next chunk's
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)

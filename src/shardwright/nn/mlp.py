@@ -4,12 +4,55 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shardwright.nn.linear import Linear
 from shardwright.nn.parameters import Declaration, Part
 from shardwright.spec.architecture import Architecture
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up of a fused [..., gate and up]. Its input alone is kept, and its gradient written as one."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        torch.mul(grad, activated, out=grad_up)
+        torch.mul(grad, up, out=activated)
+        torch.ops.aten.silu_backward.grad_input(activated, gate, grad_input=grad_gate)
+        return grad_gate_up
+
+
+class GatedActivation(nn.Module):
+    """silu(gate) * up."""
+
+    recomputable = True
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """[..., 2 ffn], gate and up side by side, to [..., ffn]."""
+        return _Gated.apply(gate_up)  # type: ignore[return-value]
+
+
+class TanhGELU(nn.Module):
+    """gelu in its tanh form."""
+
+    recomputable = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.gelu(x, approximate="tanh")
 
 
 class SwiGLU(nn.Module):
@@ -20,13 +63,13 @@ class SwiGLU(nn.Module):
         a = architecture
         parts = (Part("gate", a.ffn), Part("up", a.ffn))
         self.gate_up = Linear(a.hidden, 2 * a.ffn, bias=a.bias, declaration=Declaration(parts, a.init_std))
+        self.activation = GatedActivation()
         residual_std = a.init_std / math.sqrt(2 * a.layers)
         self.down = Linear(a.ffn, a.hidden, bias=a.bias, declaration=Declaration(std=residual_std))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to [..., hidden]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activation(self.gate_up(x)))
 
 
 class GELU(nn.Module):
@@ -36,12 +79,13 @@ class GELU(nn.Module):
         super().__init__()
         a = architecture
         self.up = Linear(a.hidden, a.ffn, bias=a.bias, declaration=Declaration(std=a.init_std))
+        self.activation = TanhGELU()
         residual_std = a.init_std / math.sqrt(2 * a.layers)
         self.down = Linear(a.ffn, a.hidden, bias=a.bias, declaration=Declaration(std=residual_std))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to [..., hidden]."""
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(self.activation(self.up(x)))
 
 
 def make_mlp(architecture: Architecture) -> nn.Module:

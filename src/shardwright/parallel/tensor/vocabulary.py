@@ -63,6 +63,8 @@ class PositionsOfRank(nn.Module):
 class VocabularyOutput(nn.Module):
     """A rank's rows of the output product: [positions between products, B, hidden] and targets [T, B] to the loss."""
 
+    delivers_gradient = True
+
     def __init__(self, weight: nn.Parameter, begin: int, declaration: Declaration, region: Region) -> None:
         super().__init__()
         self.weight, self.begin = weight, begin
@@ -107,6 +109,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
                 grad_logits = grad_logits.to(weight.dtype)
                 torch.mm(grad_logits, weight, out=grad_hidden[first : first + step])
                 grad_weight = add_product(grad_weight, grad_logits.T, h)
+            del grad_logits  # or it would be there beside the next chunk's
         if grad_hidden is not None and grad_weight is not None:
             mine = region.scatter_sum(grad_hidden.view_as(whole), "tensor/output/backward")
             ctx.save_for_backward(mine, grad_weight.to(weight.dtype))
@@ -130,15 +133,15 @@ def _chunk_loss(
     has = counted & (own >= 0) & (own < logits.shape[1])
     index = own.masked_fill(~has, 0).unsqueeze(1)
     largest = logits.amax(dim=1)
-    beneath = (logits - largest.unsqueeze(1)).exp_().sum(dim=1)
     at_target = torch.where(has, logits.gather(1, index).squeeze(1), 0.0)
-    log_sum, at_target = _exchange(torch.stack((largest, beneath, at_target)), region)
+    exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
+    log_sum, at_target = _exchange(torch.stack((largest, exponentials.sum(dim=1), at_target)), region)
     loss = torch.where(counted, log_sum - at_target, 0.0).sum()
     if not needs_grad:
         return loss, None
-    grad = logits.sub_(log_sum.unsqueeze(1)).exp_()
-    grad.scatter_add_(1, index, -has.to(grad.dtype).unsqueeze(1))
-    return loss, grad.mul_(counted.unsqueeze(1))
+    # Where no loss is counted there is no gradient; elsewhere the softmax, less one at the target.
+    grad = exponentials.mul_(torch.where(counted, (largest - log_sum).exp(), 0.0).unsqueeze(1))
+    return loss, grad.scatter_add_(1, index, -has.to(grad.dtype).unsqueeze(1))
 
 
 def _exchange(mine: Tensor, region: Region) -> tuple[Tensor, Tensor]:
