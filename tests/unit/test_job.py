@@ -2,7 +2,7 @@
 
 import pytest
 
-from shardwright.comm.job import Source, first_node, found_job
+from shardwright.comm.job import Job, Source, first_node, found_job
 from shardwright.errors import RunError
 
 STEP = {
@@ -18,6 +18,17 @@ STEP = {
     "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
 }
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
+
+
+def test_backends() -> None:
+    assert Job(1, "program").resolved_backend == "gloo"
+    assert Job(1, "program", device="cuda").resolved_backend == "nccl"
+    assert Job(4, "program", device="cuda", backend="gloo").resolved_backend == "gloo"
+    with pytest.raises(RunError) as caught:
+        _ = Job(4, "program", backend="nccl").resolved_backend
+    assert str(caught.value) == "run.backend: nccl moves the memory of GPUs, and the 4 ranks run on cpu\n" + (
+        '  what works: run.backend = "auto" or "gloo", or run.device = "cuda"'
+    )
 
 
 def test_nobody_started_this_process() -> None:

@@ -36,10 +36,21 @@ def test_gpus_before_cores() -> None:
 
 def test_more_ranks_than_gpus() -> None:
     message = "run.device: 4 ranks need 4 GPUs, and this machine has 1\n" + (
-        '  give run.device = "cpu", or a layout of fewer ranks'
+        '  give run.device = "cpu", run.backend = "gloo", so that ranks share GPUs, or a layout of fewer ranks'
     )
     with pytest.raises(LayoutError) as caught:
         ranks(8, gpus=1, parallel={"dp": 4})
     assert str(caught.value) == message
-    with pytest.raises(LayoutError, match="1 ranks need 1 GPUs, and this machine has 0"):
+    with pytest.raises(LayoutError) as caught:
         ranks(8, run={"device": "cuda"})
+    assert str(caught.value) == "run.device: 1 ranks need 1 GPUs, and this machine has 0\n" + (
+        '  give run.device = "cpu", or a layout of fewer ranks'
+    )
+
+
+def test_over_gloo_ranks_share_gpus() -> None:
+    run = {"device": "cuda", "backend": "gloo"}
+    assert ranks(2, gpus=1, run=run, parallel={"dp": 2, "tp": 2}) == 4
+    assert ranks(16, gpus=2, run=run) == 2  # "auto" fills the GPUs, not the cores
+    with pytest.raises(LayoutError, match="4 ranks need 4 GPUs, and this machine has 0"):
+        ranks(8, run=run, parallel={"dp": 4})

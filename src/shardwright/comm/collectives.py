@@ -3,19 +3,21 @@
 Note: direct exchange. gloo's all-gather and reduce-scatter cost two to three times what the same bytes cost as
 messages from rank to rank (measured in docs/performance.md), so on CPUs these two verbs post sends and receives
 between all pairs. The bytes are those of the ring, every rank is at work at once, and the owner sums in the order of
-the ranks, so that results do not depend on timing. On CUDA the verbs are NCCL's own, in place.
+the ranks, so that results do not depend on timing. Over NCCL the verbs are its own, in place. An axis says which
+(`Transport`); tensors of GPUs over gloo take the direct way through host memory (see staged.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwright.comm.mesh import Axis
+from shardwright.comm.mesh import Axis, Transport
+from shardwright.comm.staged import fetch, fetched, host_like, put_back
 
 
 class Handle(Protocol):
@@ -45,6 +47,20 @@ class _Pending:
         if self._finish is not None:
             self._finish()
         self._works, self._finish = [], None
+
+
+class Staged:
+    """A transfer between host copies. `wait` brings what has arrived back to (tensor, host) pairs, on the current
+    stream; `sent` is memory that must outlive the transfer."""
+
+    def __init__(self, handle: Handle, back: Sequence[tuple[Tensor, Tensor]], sent: Tensor | None = None) -> None:
+        self._handle, self._back, self._sent = handle, back, sent
+
+    def wait(self) -> None:
+        """See `Handle`."""
+        self._handle.wait()
+        put_back(self._back)
+        self._handle, self._back, self._sent = DONE, (), None
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -77,14 +93,21 @@ def all_reduce(tensor: Tensor, axis: Axis, *, reason: str) -> Handle:
     if axis.group is None:
         return DONE
     axis.ledger.count("all_reduce", axis.name, reason, 2 * (axis.degree - 1) * _bytes(tensor) // axis.degree)
-    if axis.direct and axis.degree == 2:
+    if axis.transport is Transport.STAGED:
+        host = fetched(tensor)
+        return Staged(_sum(host, axis), [(tensor, host)])
+    return _sum(tensor, axis)
+
+
+def _sum(tensor: Tensor, axis: Axis) -> Handle:
+    if axis.transport is not Transport.NATIVE and axis.degree == 2:
         return _swap_and_add(tensor, axis)
     return _Pending([_posted(dist.all_reduce(tensor, group=axis.group, async_op=True))])
 
 
 def _swap_and_add(tensor: Tensor, axis: Axis) -> Handle:
     """Between two ranks an all-reduce is one exchange: as many bytes as the ring's two halves, in one step."""
-    received, other = torch.empty_like(tensor), axis.ranks[1 - axis.index]
+    received, other = axis.ledger.buffer(torch.empty_like(tensor)), axis.ranks[1 - axis.index]
     works = [_posted(dist.irecv(received, other, group=axis.group))]
     works.append(_posted(dist.isend(tensor, other, group=axis.group)))
     return _Pending(works, lambda: tensor.add_(received))  # a + b is b + a to the bit: both ranks get the same
@@ -96,9 +119,18 @@ def all_gather(whole: Tensor, axis: Axis, *, reason: str) -> Handle:
         return DONE
     mine = share(whole, axis, axis.index)
     axis.ledger.count("all_gather", axis.name, reason, (axis.degree - 1) * _bytes(mine))
-    if not axis.direct:
+    if axis.transport is Transport.NATIVE:
         return _Pending([_posted(dist.all_gather_into_tensor(whole, mine, group=axis.group, async_op=True))])
-    works = []
+    if axis.transport is Transport.STAGED:
+        host = host_like(whole)
+        fetch(mine, share(host, axis, axis.index))
+        back = [(share(whole, axis, other), share(host, axis, other)) for other in _others(axis)]
+        return Staged(_gather_directly(host, axis), back, host)
+    return _gather_directly(whole, axis)
+
+
+def _gather_directly(whole: Tensor, axis: Axis) -> Handle:
+    mine, works = share(whole, axis, axis.index), []
     for other in _others(axis):
         works.append(_posted(dist.irecv(share(whole, axis, other), axis.ranks[other], group=axis.group)))
         works.append(_posted(dist.isend(mine, axis.ranks[other], group=axis.group)))
@@ -108,15 +140,23 @@ def all_gather(whole: Tensor, axis: Axis, *, reason: str) -> Handle:
 def reduce_scatter(whole: Tensor, axis: Axis, *, reason: str) -> Handle:
     """Sum a flat tensor over an axis, leaving in each rank's share of it the sum of that share.
 
-    The other shares keep their local values on CPUs and are undefined on CUDA.
+    The other shares keep their local values over gloo and are undefined over NCCL.
     """
     if axis.group is None:
         return DONE
     mine = share(whole, axis, axis.index)
     axis.ledger.count("reduce_scatter", axis.name, reason, (axis.degree - 1) * _bytes(mine))
-    if not axis.direct:
+    if axis.transport is Transport.NATIVE:
         return _Pending([_posted(dist.reduce_scatter_tensor(mine, whole, group=axis.group, async_op=True))])
-    received = {other: torch.empty_like(mine) for other in _others(axis)}
+    if axis.transport is Transport.STAGED:
+        host = fetched(whole)
+        return Staged(_scatter_directly(host, axis), [(mine, share(host, axis, axis.index))], host)
+    return _scatter_directly(whole, axis)
+
+
+def _scatter_directly(whole: Tensor, axis: Axis) -> Handle:
+    mine = share(whole, axis, axis.index)
+    received = {other: axis.ledger.buffer(torch.empty_like(mine)) for other in _others(axis)}
     works = []
     for other, buffer in received.items():
         works.append(_posted(dist.irecv(buffer, axis.ranks[other], group=axis.group)))
@@ -141,6 +181,7 @@ def broadcast_text(text: str | None, axis: Axis, device: torch.device) -> str:
         assert text is not None
         return text
     content = (text or "").encode()
+    device = device if axis.transport is Transport.NATIVE else torch.device("cpu")
     length = torch.tensor(len(content), device=device)
     dist.broadcast(length, axis.ranks[0], group=axis.group)
     buffer = torch.zeros(int(length), dtype=torch.uint8, device=device)

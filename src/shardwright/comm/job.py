@@ -20,6 +20,7 @@ FIRST_PORT, NUM_PORTS = 12_000, 20_000  # below the range from which the kernel 
 class Job:
     """One program on `world_size` ranks: each calls `main(worker, arguments)` of the module named `entry`.
 
+    `backend` "auto" is NCCL on GPUs, one for each rank, and gloo on CPUs; over gloo several ranks may share a GPU.
     A rank that has not left `grace_period` after a stop request is killed; a collective that takes longer than
     `collective_timeout` fails. After a failure all ranks are started anew, `max_restarts` times at most.
     """
@@ -28,9 +29,22 @@ class Job:
     entry: str
     arguments: tuple[str, ...] = ()
     device: Literal["cpu", "cuda"] = "cpu"
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
     max_restarts: int = 0
     grace_period: Seconds = GRACE_PERIOD
     collective_timeout: Seconds = COLLECTIVE_TIMEOUT
+
+    @property
+    def resolved_backend(self) -> Literal["nccl", "gloo"]:
+        """What "auto" is on the job's device. Raises RunError for NCCL on CPUs."""
+        if self.backend == "nccl" and self.device == "cpu":
+            raise RunError(
+                f"run.backend: nccl moves the memory of GPUs, and the {self.world_size} ranks run on cpu",
+                'what works: run.backend = "auto" or "gloo", or run.device = "cuda"',
+            )
+        if self.backend != "auto":
+            return self.backend
+        return "nccl" if self.device == "cuda" else "gloo"
 
 
 class Source(StrEnum):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 
 @dataclass
@@ -15,9 +18,16 @@ class Traffic:
 
 @dataclass
 class CommunicationLedger:
-    """Counts the collectives of one rank, by (verb, axis, reason)."""
+    """Counts the collectives of one rank, by (verb, axis, reason). `watcher` is told of their buffers."""
 
     rows: dict[tuple[str, str, str], Traffic] = field(default_factory=dict)
+    watcher: Callable[[Tensor], None] | None = None
+
+    def buffer(self, tensor: Tensor) -> Tensor:
+        """Say that a new tensor is a transfer's buffer, for a ledger of memory that tells them from activations."""
+        if self.watcher is not None:
+            self.watcher(tensor)
+        return tensor
 
     def count(self, verb: str, axis: str, reason: str, sent: int) -> None:
         """Add one call and the bytes that it sends."""

@@ -2,7 +2,7 @@
 
 Note: one channel for each direction of each link. NCCL carries out the transfers of one group between two ranks in the
 order in which each of them posted, so two ranks that each post a receive ahead of a send would wait for each other for
-ever. On CUDA every directed link of the ring therefore has a group of two ranks to itself; gloo matches each sender's
+ever. Over NCCL every directed link of the ring therefore has a group of two ranks to itself; gloo matches each sender's
 messages to the receives from it, in order, and one group serves all. `Groups` needs ranks that have made equally many
 groups: links are made in rounds in which no rank has two, and a rank without one makes a group of itself. NCCL connects
 two ranks when both have posted their first transfer, and holds the one that came first until then, which in a schedule
@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwright.comm.collectives import Handle, pending
-from shardwright.comm.mesh import Axis, Mesh
+from shardwright.comm.collectives import Handle, Staged, pending
+from shardwright.comm.mesh import Axis, Mesh, Transport
+from shardwright.comm.staged import fetched, host_like
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Line:
     @staticmethod
     def of(mesh: Mesh) -> Line:
         """The line of a mesh's rank."""
-        if mesh.device.type != "cuda":
+        if mesh.transport is not Transport.NATIVE:
             return Line(mesh.pp, {})
         # It warns of transfers that wait for others of their group: here a group has those of one link and direction.
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
@@ -82,11 +83,25 @@ def rounds(degree: int) -> list[list[tuple[int, int]]]:
 def send(tensor: Tensor, line: Line, to: int, *, reason: str) -> Handle:
     """Send a contiguous tensor to a position of the line; it may be written again after the handle's wait."""
     line.axis.ledger.count("send", line.axis.name, reason, tensor.numel() * tensor.element_size())
+    if line.axis.transport is Transport.STAGED:
+        host = fetched(tensor)
+        return Staged(_sent(host, line, to), (), host)
+    return _sent(tensor, line, to)
+
+
+def _sent(tensor: Tensor, line: Line, to: int) -> Handle:
     return pending(dist.isend(tensor, line.axis.ranks[to], group=line.channel(line.index, to)))
 
 
 def receive(tensor: Tensor, line: Line, source: int, *, reason: str) -> Handle:
     """Fill a tensor with the next message from a position of the line."""
+    if line.axis.transport is Transport.STAGED:
+        host = host_like(tensor)
+        return Staged(_received(host, line, source), [(tensor, host)])
+    return _received(tensor, line, source)
+
+
+def _received(tensor: Tensor, line: Line, source: int) -> Handle:
     return pending(dist.irecv(tensor, line.axis.ranks[source], group=line.channel(source, line.index)))
 
 

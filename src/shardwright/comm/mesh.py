@@ -5,12 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import StrEnum
 
 import torch
 import torch.distributed as dist
 
 from shardwright.comm.ledger import CommunicationLedger
 from shardwright.layout.mesh import DATA_AXES, Coordinate, Topology
+
+
+class Transport(StrEnum):
+    """How tensors travel between the ranks of an axis."""
+
+    NATIVE = "native"
+    """By the backend's own collectives, in place: NCCL."""
+    DIRECT = "direct"
+    """As messages from rank to rank: gloo, CPU tensors."""
+    STAGED = "staged"
+    """The same, from and to copies in host memory: gloo, tensors of GPUs."""
+
+    @staticmethod
+    def of(device: torch.device) -> Transport:
+        """What fits a device and the backend of this process's world."""
+        if device.type == "cpu":
+            # gloo moves CPU tensors between two ranks much faster than its own gather and scatter do.
+            return Transport.DIRECT
+        gloo = dist.is_initialized() and dist.get_backend() == "gloo"
+        return Transport.STAGED if gloo else Transport.NATIVE
 
 
 @dataclass(frozen=True)
@@ -25,7 +46,7 @@ class Axis:
     index: int
     group: dist.ProcessGroup | None
     ledger: CommunicationLedger
-    direct: bool
+    transport: Transport
 
     @property
     def degree(self) -> int:
@@ -58,8 +79,8 @@ class Groups:
 class Mesh:
     """A topology laid over some ranks of the job, seen from this rank.
 
-    `ranks` maps the topology's numbering to the job's; by default they are the same. Two meshes can live in one
-    process: nothing here is global.
+    `ranks` maps the topology's numbering to the job's; by default they are the same. `transport` is by default what
+    fits the device and the world. Two meshes can live in one process: nothing here is global.
     """
 
     def __init__(
@@ -70,6 +91,7 @@ class Mesh:
         groups: Groups | None = None,
         ranks: Sequence[int] | None = None,
         rank: int | None = None,
+        transport: Transport | None = None,
     ) -> None:
         self.topology = topology
         self.device = device
@@ -80,8 +102,7 @@ class Mesh:
             rank = dist.get_rank() if topology.world_size > 1 else self._ranks[0]
         self.rank = self._ranks.index(rank)
         self.coordinate: Coordinate = topology.coordinate(self.rank)
-        # gloo moves CPU tensors between two ranks much faster than its own gather and scatter do (see collectives.py).
-        self._direct = device.type == "cpu"
+        self.transport = Transport.of(device) if transport is None else transport
         self.replicate = self.axis("replicate")
         self.shard = self.axis("shard")
         self.tp = self.axis("tp")
@@ -95,4 +116,4 @@ class Mesh:
         group = self.groups.get(tuple(self._ranks[m] for m in members)) if len(members) > 1 else None
         title = "world" if len(names) == len(self.topology.order) else "x".join(names) or "none"
         ranks = tuple(self._ranks[m] for m in members)
-        return Axis(title, ranks, members.index(self.rank), group, self.ledger, self._direct)
+        return Axis(title, ranks, members.index(self.rank), group, self.ledger, self.transport)

@@ -22,7 +22,6 @@ from shardwright.comm.job import Job, Place, Source
 from shardwright.comm.stop import StopRequest, follow_parent, leave_now, listening
 from shardwright.comm.store import Store, world_store
 from shardwright.errors import RunError
-from shardwright.units import Seconds
 
 
 @dataclass(frozen=True)
@@ -38,40 +37,43 @@ class Worker:
 
 
 @contextmanager
-def joined(
-    place: Place, device: Literal["cpu", "cuda"], stop: StopRequest, store: Store, timeout: Seconds
-) -> Iterator[Worker]:
-    """This rank in its world: gloo on CPUs, NCCL on GPUs. The process group ends with the block, if that ends well.
+def joined(place: Place, job: Job, stop: StopRequest, store: Store) -> Iterator[Worker]:
+    """This rank in its world. The process group ends with the block, if that ends well.
 
     After an exception it is left as it is: ending it could wait for ranks that will not answer.
     """
-    own = rank_device(place, device)
+    backend = job.resolved_backend
+    own = rank_device(place, job.device, shared=backend == "gloo")
     if own.type == "cuda":
         torch.cuda.set_device(own)
     dist.init_process_group(
-        backend="nccl" if own.type == "cuda" else "gloo",
+        backend=backend,
         store=store,
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timedelta(seconds=timeout),
-        device_id=own if own.type == "cuda" else None,  # connects now, and names the device of a barrier
+        timeout=timedelta(seconds=job.collective_timeout),
+        device_id=own if backend == "nccl" else None,  # connects now, and names the device of a barrier
     )
     is_local = place.source is Source.LOCAL
     yield Worker(place.rank, place.local_rank, place.world_size, own, stop, is_local)
     dist.destroy_process_group()
 
 
-def rank_device(place: Place, device: Literal["cpu", "cuda"]) -> torch.device:
-    """The device of this rank. Raises RunError where the machine has no GPU for it."""
+def rank_device(place: Place, device: Literal["cpu", "cuda"], *, shared: bool = False) -> torch.device:
+    """The device of this rank; where GPUs are `shared` ranks take turns. Raises RunError where there is none for it."""
     if device == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()
     # srun may show each of its tasks one GPU of its own
     index = 0 if place.source is Source.SRUN and count == 1 else place.local_rank
+    if shared and count:
+        index %= count
     if index >= count:
         raise RunError(
             f"run.device: {place.local_world_size} ranks on this machine need a GPU each, and torch finds {count}",
-            f"start {count} ranks here, or set run.device = cpu" if count else "set run.device = cpu",
+            f"start {count} ranks here, set run.backend = gloo so that ranks share GPUs, or set run.device = cpu"
+            if count
+            else "set run.device = cpu",
         )
     return torch.device("cuda", index)
 
@@ -79,7 +81,7 @@ def rank_device(place: Place, device: Literal["cpu", "cuda"]) -> torch.device:
 def serve(job: Job, place: Place, stop: StopRequest, store: Callable[[], Store]) -> None:
     """Run the job's program as one rank of the world that meets in `store`."""
     program = load_program(job.entry)
-    with joined(place, job.device, stop, store(), job.collective_timeout) as worker:
+    with joined(place, job, stop, store()) as worker:
         program(worker, job.arguments)
 
 

@@ -13,7 +13,7 @@ def local_world_size(spec: Spec, *, cores: int, gpus: int) -> int:
 
     dp x pp x tp where `parallel.dp` is a number; else the largest dp that the machine's GPUs, or its cores where it has
     none, can fill and that divides the global batch; at least pp x tp. Raises LayoutError when GPUs are asked for and
-    are too few: two ranks cannot share one.
+    are too few: over NCCL two ranks cannot share one.
     """
     parallel = spec.parallel
     per_replica = parallel.pp * parallel.tp
@@ -21,10 +21,12 @@ def local_world_size(spec: Spec, *, cores: int, gpus: int) -> int:
     world = per_replica * (_largest_dp(spec, (gpus if on_gpus else cores) // per_replica))
     if parallel.dp != "auto":
         world = per_replica * parallel.dp
-    if on_gpus and world > gpus:
+    shared = spec.run.backend == "gloo" and gpus > 0
+    if on_gpus and world > gpus and not shared:
+        sharing = 'run.backend = "gloo", so that ranks share GPUs, ' if gpus else ""
         raise LayoutError(
             f"run.device: {world} ranks need {world} GPUs, and this machine has {gpus}",
-            'give run.device = "cpu", or a layout of fewer ranks',
+            f'give run.device = "cpu", {sharing}or a layout of fewer ranks',
         )
     return world
 

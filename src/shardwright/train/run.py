@@ -28,6 +28,7 @@ def train(recipe: str, overrides: Sequence[str] = (), run_dir: str | None = None
         entry=_ENTRY,
         arguments=arguments,
         device="cuda" if device == "cuda" else "cpu",
+        backend=spec.run.backend,
         max_restarts=spec.run.max_restarts,
         grace_period=spec.run.grace_period_seconds,
         collective_timeout=spec.run.collective_timeout_seconds,

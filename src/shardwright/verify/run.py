@@ -51,6 +51,7 @@ def verify(recipe: str, overrides: Sequence[str] = (), steps: int = 3, json_outp
             entry="shardwright.verify.rank",
             arguments=(str(steps), *map(str, folders)),
             device=plan.device,
+            backend=spec.run.backend,
             collective_timeout=spec.run.collective_timeout_seconds,
         )
         if code := launch(job):
@@ -78,8 +79,8 @@ def _plan_for_proof(spec: Spec) -> tuple[Plan, list[str]]:
     """The plan to prove: the recipe's, on a constant learning rate and shrunk where it is large."""
     gpus = torch.cuda.device_count() if spec.run.device != "cpu" else 0
     world_size = local_world_size(spec, cores=num_cores(), gpus=gpus)
-    device = "cuda" if gpus >= world_size else "cpu"
-    if world_size > _MOST_RANKS and device == "cpu":
+    device = "cuda" if gpus else "cpu"
+    if world_size > max(_MOST_RANKS, gpus):
         raise LayoutError(
             f"verify: {world_size} ranks are more than the {_MOST_RANKS} processes that it starts on one machine",
             "override the degrees, e.g. parallel.dp=2: smaller degrees of the same techniques prove the same code",
