@@ -21,7 +21,7 @@ from shardwright.data.samples import RandomSamples
 from shardwright.optim.optimizers import AdamW, make_optimizer
 from shardwright.parallel.compose import Runtime, compose
 from shardwright.parallel.stage import Stage
-from shardwright.parallel.zero.states import Passage
+from shardwright.parallel.zero.passage import Passage
 from shardwright.plan.pipeline import schedule_of
 from shardwright.plan.plan import Plan
 from shardwright.schedule.action import Kind, StageCost

@@ -24,7 +24,9 @@ QWEN = LLAMA | {"head_dim": 6, "qk_norm": True, "qkv_bias": True}
 GPT2 = LLAMA | {"norm": "layernorm", "activation": "gelu", "positions": "learned", "bias": True}
 
 
-def plan_of(model: dict[str, Any], parallel: dict[str, Any], **train: Any) -> Plan:
+def plan_of(
+    model: dict[str, Any], parallel: dict[str, Any], memory: dict[str, Any] | None = None, **train: Any
+) -> Plan:
     """A plan in fp64 on dp x tp x pp ranks, clipped to a norm that bites."""
     recipe = {
         "sequence_length": 13,
@@ -36,7 +38,7 @@ def plan_of(model: dict[str, Any], parallel: dict[str, Any], **train: Any) -> Pl
         "warmup_steps": 0,
         "max_grad_norm": 0.05,
     }
-    spec = build({"model": model, "train": recipe | train, "parallel": parallel})
+    spec = build({"model": model, "train": recipe | train, "parallel": parallel, "memory": memory or {}})
     return resolve(spec, world_size=None, device="cpu", native_bf16=True, tokenizer_vocab=None)
 
 

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from shardwright.layout.chunk import Window, windows
+
+
+class Place(Protocol):
+    """Where the state of owned tensors lives."""
+
+    def zeros(self, like: Tensor) -> Tensor:
+        """Flat state of a tensor's length and dtype."""
+        ...
+
+    def settle(self) -> None:
+        """Return when no update is under way that could still change what lives here."""
+        ...
+
+
+class Beside:
+    """State lives beside the values, and an update is complete, in the order of the device, when it returns."""
+
+    def zeros(self, like: Tensor) -> Tensor:
+        """See `Place`."""
+        return torch.zeros_like(like)
+
+    def settle(self) -> None:
+        """See `Place`."""
 
 
 @dataclass
@@ -20,6 +47,7 @@ class OwnedTensor:
     values: Tensor
     gradient: Tensor
     decayed: int
+    place: Place = field(default_factory=Beside)
 
     def parts(self) -> list[tuple[slice, bool]]:
         """Up to two ranges and whether each takes weight decay."""
@@ -27,14 +55,50 @@ class OwnedTensor:
         ranges = [(slice(0, self.decayed), True), (slice(self.decayed, stop), False)]
         return [(part, decays) for part, decays in ranges if part.stop > part.start]
 
+    def windows(self, most: int) -> list[Window]:
+        """The range in pieces of at most so many elements; see layout/chunk.py for where it is cut."""
+        return windows(self.values.numel(), self.decayed, most)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one update does with every element of an owned tensor. `count`: updates so far, this one included."""
+
+    count: int
+    lr: float
+    gradient_scale: float
+
+    def ready(self, gradient: Tensor, out: Tensor) -> Tensor:
+        """The scaled gradient in the dtype of `out`: written there, or in place where it has that dtype already."""
+        if gradient.dtype != out.dtype:
+            gradient = out.copy_(gradient)
+        return gradient if self.gradient_scale == 1.0 else gradient.mul_(self.gradient_scale)
+
 
 class Optimizer(Protocol):
     """Updates owned tensors in place and keeps state for each, by name."""
 
-    def update(self, owned: OwnedTensor, lr: float, gradient_scale: float) -> None:
-        """One step for one owned tensor, its gradient multiplied by `gradient_scale` first (and used up)."""
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Named state of one owned tensor, wherever it lives: flat tensors of its length, and scalars on the host.
+
+        Returns when no update is under way that could still change it.
+        """
         ...
 
-    def state(self, name: str) -> dict[str, Tensor]:
-        """Named state of one owned tensor: flat tensors of its length, and scalars."""
+    def moments(self, name: str) -> list[Tensor]:
+        """The flat tensors of one owned tensor's state, in the order in which `apply` takes them; waits for nothing."""
+        ...
+
+    def begin(self, name: str, lr: float, gradient_scale: float) -> Rule:
+        """Count one update of an owned tensor. Every element is then to be given to `apply` once, with this rule."""
+        ...
+
+    def apply(self, values: Tensor, gradient: Tensor, moments: Sequence[Tensor], rule: Rule, *, decays: bool) -> None:
+        """Update some values and their moments in place. A function of what it is given alone; `gradient` is scaled and
+        of the values' dtype."""
+        ...
+
+    def update(self, owned: OwnedTensor, lr: float, gradient_scale: float) -> None:
+        """One step for one owned tensor where it lies, its gradient multiplied by `gradient_scale` first (and used
+        up)."""
         ...

@@ -2,12 +2,14 @@
 
 1. The model is built as one device would write it, without memory: nothing whole exists anywhere.
 2. Tensor parallelism replaces modules by a rank's part of them. It comes first, because it alone looks into modules.
-3. Blocks are cut into stages, and the rank keeps those that the pipeline's placement gives it. This comes after the
+3. Recomputation wraps the forwards of layers, whose modules are now the ones that run.
+4. Blocks are cut into stages, and the rank keeps those that the pipeline's placement gives it. This comes after the
    division of modules, so that a parameter shared by two stages is divided alike on both, and before memory exists.
-4. Units take the parameters, block by block, into flat buffers owned as the ZeRO stage says. This comes last among the
-   things that change modules, because a unit's buffer holds whatever parameters a rank is left with.
-5. Every owned element gets its initial value, by name and index, and is published.
-6. The executor gets the stages and their states. It knows when what begins and ends; they know what to do then.
+5. Units take the parameters, block by block, into flat buffers owned as the ZeRO stage says. This comes last among the
+   things that change modules, because a unit's buffer holds whatever parameters a rank is left with. What is owned
+   lives where `memory.offload` says, and is updated there.
+6. Every owned element gets its initial value, by name and index, and is published.
+7. The executor gets the stages and their states. It knows when what begins and ends; they know what to do then.
 """
 
 from __future__ import annotations
@@ -21,11 +23,16 @@ from torch import nn
 
 from shardwright.comm.line import Line
 from shardwright.comm.mesh import Mesh
+from shardwright.cost.memory import MOMENTS
 from shardwright.nn.decoder import Decoder
 from shardwright.nn.dtypes import torch_dtype
 from shardwright.parallel.data import DataParallel
+from shardwright.parallel.offload.home import Home, OnDevice
+from shardwright.parallel.offload.on_host import OnHost
+from shardwright.parallel.offload.streaming import Streaming
 from shardwright.parallel.pipeline import Pipeline, Program
-from shardwright.parallel.stage import Boundary, cut, shared_with
+from shardwright.parallel.recompute import recompute
+from shardwright.parallel.stage import Boundary, cut, layers_of, shared_with
 from shardwright.parallel.tensor.apply import divide, table_of
 from shardwright.parallel.tensor.region import Region
 from shardwright.parallel.zero.membership import Storage, refuse_outside
@@ -36,6 +43,7 @@ from shardwright.plan.plan import Plan
 from shardwright.schedule.action import Schedule
 from shardwright.schedule.build import forward_only
 from shardwright.schedule.transfers import with_transfers
+from shardwright.units import parse_bytes
 
 
 @dataclass
@@ -67,13 +75,16 @@ def compose(plan: Plan, mesh: Mesh, model: nn.Module | None = None) -> Runtime:
 
     blocks, line, placement = blocks_of(model), Line.of(mesh), placement_of(plan)
     refuse_outside(model, blocks)
+    memory = plan.spec.memory
+    if memory.recompute != "none":
+        recompute(layers_of(model, blocks, plan.architecture.layers), memory.recompute, memory.recompute_layers)
     stages = cut(model, blocks, plan.layers_per_stage)
     own = {stage.number: stage for stage in stages if placement[stage.number] == line.index}
 
     zero = ZeroStage(plan.spec.parallel.zero, plan.spec.parallel.zero_pipeline == "save_memory")
     data = DataParallel.of(mesh, zero.owns_state)
     dtype = torch_dtype(plan.dtype)
-    storage = Storage(zero, data, dtype, torch_dtype(plan.grad_dtype), mesh.device)
+    storage = Storage(zero, data, dtype, torch_dtype(plan.grad_dtype), mesh.device, home_of(plan, mesh.device))
     shared = shared_with(stages, placement, line)
     states = States(model, {number: stage.blocks for number, stage in own.items()}, storage, shared)
     states.initialise(plan.spec.train.seed)
@@ -85,6 +96,14 @@ def compose(plan: Plan, mesh: Mesh, model: nn.Module | None = None) -> Runtime:
 
 def _evaluation(placement: Sequence[int], num_microbatches: int) -> Schedule:
     return with_transfers(forward_only(placement, num_microbatches))
+
+
+def home_of(plan: Plan, device: torch.device) -> Home:
+    """Where owned state lives: what `memory.offload` names."""
+    memory, num_moments = plan.spec.memory, MOMENTS[plan.spec.train.optimizer]
+    if memory.offload == "state":
+        return Streaming(device, parse_bytes(memory.offload_chunk), num_moments)
+    return OnHost(device) if memory.offload == "update" else OnDevice()
 
 
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:

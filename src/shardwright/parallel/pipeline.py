@@ -26,7 +26,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from shardwright.comm.collectives import Handle
 from shardwright.comm.line import Line, receive, send
 from shardwright.parallel.stage import Boundary, Stage
-from shardwright.parallel.zero.states import Passage, States
+from shardwright.parallel.zero.passage import Passage
+from shardwright.parallel.zero.states import States
 from shardwright.schedule.action import Action, Kind, Schedule
 
 Microbatch = tuple[Tensor, Tensor]

@@ -24,16 +24,22 @@ class GradientSink:
     def __init__(self, deliver: Callable[[Write], None]) -> None:
         self._deliver = deliver
         self._uses = 0
+        self._counting = False
         self._reused = False
 
     def begin_forward(self) -> None:
         """A microbatch's forward begins."""
-        self._uses = 0
+        self._uses, self._counting = 0, True
+
+    def end_forward(self) -> None:
+        """It has ended: a later use is the same use, computed again in the backward."""
+        self._counting = False
 
     def use(self) -> None:
         """The parameter is used in a forward whose backward will deliver its gradient."""
-        self._uses += 1
-        self._reused = self._reused or self._uses > 1
+        if self._counting:
+            self._uses += 1
+            self._reused = self._reused or self._uses > 1
 
     def product(self, a: Tensor, b: Tensor) -> bool:
         """Take a @ b as the gradient; False where autograd has to."""
@@ -80,3 +86,8 @@ def sink_of(parameter: Tensor) -> GradientSink | None:
 def defers(module: nn.Module) -> bool:
     """Whether a module delivers its weight gradient as a product of two matrices, which can be made later."""
     return getattr(module, "delivers_product", False)
+
+
+def fills_sinks(module: nn.Module) -> bool:
+    """Whether a module gives its gradients to sinks at all."""
+    return defers(module) or getattr(module, "delivers_gradient", False)

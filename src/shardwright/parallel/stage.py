@@ -75,6 +75,19 @@ class Boundary:
             )
 
 
+_WHAT_BLOCKS_ARE = "blocks() is what comes before the layers, model.layers layers, and the head with the loss"
+
+
+def layers_of(model: nn.Module, blocks: Sequence[nn.Module], count: int) -> Sequence[nn.Module]:
+    """The blocks between the first and the last. Raises LayoutError where they are not as many as the plan's layers."""
+    if len(blocks) != count + 2:
+        raise LayoutError(
+            f"memory.recompute: model.layers = {count}, but {type(model).__name__} has {len(blocks)} blocks",
+            _WHAT_BLOCKS_ARE,
+        )
+    return blocks[1:-1]
+
+
 def cut(model: nn.Module, blocks: Sequence[nn.Module], layers_per_stage: Sequence[int]) -> list[Stage]:
     """The model's stages: the first block goes with the first layers, the last block with the last.
 
@@ -86,7 +99,7 @@ def cut(model: nn.Module, blocks: Sequence[nn.Module], layers_per_stage: Sequenc
         raise LayoutError(
             f"parallel.pp: {len(layers_per_stage)} stages of {list(layers_per_stage)} layers, but "
             f"{type(model).__name__} has {len(blocks)} blocks",
-            "blocks() is what comes before the layers, model.layers layers, and the head with the loss",
+            _WHAT_BLOCKS_ARE,
         )
     ends = [1 + sum(layers_per_stage[: stage + 1]) for stage in range(len(layers_per_stage))]
     ends[-1] = len(blocks)

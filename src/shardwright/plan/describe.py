@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from shardwright.plan.host import most_host_memory
 from shardwright.plan.pipeline import timeline_of
 from shardwright.plan.plan import Plan
 from shardwright.plan.stages import MOST_STAGES_SHOWN
-from shardwright.units import format_count
+from shardwright.units import format_bytes, format_count
 
 _ZERO = {
     0: "0: everything whole",
@@ -39,6 +40,8 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         ("zero", _ZERO[zero] + shards),
         ("train", f"{train.steps} steps of {train.optimizer}, lr {train.lr:g} {train.lr_schedule}"),
     ]
+    if plan.spec.memory.offload != "none":
+        lines.insert(5, ("offload", offload(plan)))
     if plan.topology.pp > 1:
         lines.insert(2, ("pipeline", pipeline(plan)))
     lines += [("decided", decision) for decision in plan.decisions]
@@ -50,6 +53,17 @@ def layout(plan: Plan) -> str:
     mesh = plan.topology
     ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
     return f"{ranks}: dp {mesh.dp} (replicate {mesh.replicate} x shard {mesh.shard}) x pp {mesh.pp} x tp {mesh.tp}"
+
+
+def offload(plan: Plan) -> str:
+    """What lives on the host, in words: "update: optimizer state lives on the host and is updated there; at
+    most 12.5 MiB for a rank"."""
+    form = plan.spec.memory.offload
+    what = {"state": "streams through the device to be updated", "update": "is updated there"}[form]
+    return (
+        f"{form}: optimizer state lives on the host and {what}; at most "
+        f"{format_bytes(most_host_memory(plan))} for a rank"
+    )
 
 
 def pipeline(plan: Plan) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from shardwright.units import Bytes
+
 
 def num_cores() -> int:
     """Cores that this process may use."""
@@ -17,6 +19,16 @@ def num_gpus() -> int:
     count = len(list(folder.iterdir())) if folder.is_dir() else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return count if visible is None else min(count, len([name for name in visible.split(",") if name.strip()]))
+
+
+def available_memory() -> Bytes | None:
+    """Host memory that can be had without swapping, as Linux estimates it; None where it does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    return Bytes(int(found[0][1]) * 1024) if found else None
 
 
 def cpu_computes_bf16() -> bool:

@@ -9,8 +9,6 @@ from shardwright.spec.spec import Spec
 
 NOT_BUILT: dict[str, Any] = {
     "model.init_from": "",
-    "memory.recompute": "none",
-    "memory.offload": "none",
 }
 """Field -> the one value it can have now. An entry goes when its technique comes."""
 

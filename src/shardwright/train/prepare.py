@@ -15,7 +15,8 @@ from rich.progress import Progress
 from shardwright.comm.machine import computes_bf16
 from shardwright.data.dataset import Dataset, open_dataset
 from shardwright.data.prepare import Progress as Report
-from shardwright.plan.machine import num_cores
+from shardwright.plan.host import check_host
+from shardwright.plan.machine import available_memory, num_cores
 from shardwright.plan.plan import Plan
 from shardwright.plan.resolve import resolve
 from shardwright.plan.world import local_world_size
@@ -65,6 +66,7 @@ def prepare_run(
         plan_for(spec, world_size, device, None)
     vocab = None if spec.data.corpus == "random" else _open_showing_progress(spec).vocab
     plan = plan_for(spec, world_size, device, vocab)
+    check_host(plan, _ranks_here(world_size), available_memory())
     directory = RunDirectory.create(Path(run_dir) if run_dir else None, Path(recipe), plan)
     print_plan(plan, directory)
     return Prepared(plan, directory)
@@ -81,6 +83,11 @@ def plan_for(spec: Spec, world_size: int, device: str, vocab: int | None) -> Pla
         tokenizer_vocab=vocab,
         local_size=int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None,
     )
+
+
+def _ranks_here(world_size: int) -> int:
+    """Ranks that share this host's memory: all of them, unless who started this one says otherwise."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def _open_showing_progress(spec: Spec) -> Dataset:

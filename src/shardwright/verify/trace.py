@@ -64,8 +64,7 @@ def trace_layout(plan: Plan, mesh: Mesh, steps: int, runtime: Runtime | None = N
 
     def take(step: int, kind: str) -> None:
         for unit in runtime.states.units:
-            owned = unit.owned_tensor()
-            flat = owned.gradient if kind == "gradients" else owned.values
+            flat = unit.owned_gradient if kind == "gradients" else unit.updated_values()
             trace.parts += _parts(unit.owned_pieces, flat, step, kind, mesh.rank)
 
     for step in range(steps):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.comm.collectives import all_reduce
+from shardwright.comm.collectives import DONE, all_reduce
 from shardwright.nn.parameters import Declaration
 from shardwright.parallel.sink import GradientSink, sink_of
 from shardwright.parallel.tensor.region import Region
@@ -19,42 +19,73 @@ class _Colwise(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, region: Region, sink: GradientSink | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        region: Region,
+        sink: GradientSink | None,
+        regathers: bool,
     ) -> Tensor:
         whole = region.gather(x, "tensor/colwise")
-        ctx.save_for_backward(whole, weight)
-        ctx.region, ctx.has_bias, ctx.sink = region, bias is not None, sink
+        ctx.save_for_backward(x if regathers else whole, weight)
+        ctx.region, ctx.has_bias, ctx.sink, ctx.regathers = region, bias is not None, sink, regathers
         _announce(ctx, sink)
         return F.linear(whole, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        whole, weight = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
+        whole, gathered = ctx.region.start_gather(x, "tensor/colwise/again") if ctx.regathers else (x, DONE)
         mine, handle = ctx.region.start_scatter_sum(grad @ weight, "tensor/colwise/backward")
         flat = grad.flatten(0, -2)
+        gathered.wait()
         grad_weight = _weight_gradient(ctx, flat, whole)
         grad_bias = flat.sum(0) if ctx.has_bias else None
         handle.wait()
-        return mine, grad_weight, grad_bias, None, None
+        return mine, grad_weight, grad_bias, None, None, None
+
+
+class _Kept(torch.autograd.Function):
+    """The input of a product, saved before the product is made.
+
+    A recomputation ends when the last saved tensor is there again (see parallel/recompute.py). What the product itself
+    would save is there only after it, with its sum over ranks, of which a layer's last one has no use.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad
 
 
 class _Rowwise(torch.autograd.Function):
-    """Multiply, then sum over ranks. Backward, the gradient is gathered once for both products."""
+    """Multiply, then sum over ranks. Backward, the gradient is gathered once for both products.
+
+    `kept` is the node of `_Kept` that holds `x`, None where x needs no gradient.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, region: Region, sink: GradientSink | None
+        ctx: Any, x: Tensor, weight: Tensor, region: Region, sink: GradientSink | None, kept: Any
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.kept, ctx.weight = kept, weight
+        if kept is None:
+            ctx.save_for_backward(x)
         ctx.region, ctx.sink = region, sink
         _announce(ctx, sink)
         return region.scatter_sum(F.linear(x, weight), "tensor/rowwise")
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        x, weight = ctx.saved_tensors
+        (x,), weight = (ctx.kept or ctx).saved_tensors, ctx.weight
+        ctx.kept = ctx.weight = None
         whole = ctx.region.gather(grad.contiguous(), "tensor/rowwise/backward")
-        return whole @ weight, _weight_gradient(ctx, whole.flatten(0, -2), x), None, None
+        return whole @ weight, _weight_gradient(ctx, whole.flatten(0, -2), x), None, None, None
 
 
 def _announce(ctx: Any, sink: GradientSink | None) -> None:
@@ -119,6 +150,7 @@ class ColwiseLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = weight, bias
         self.declaration, self.region, self.shared = declaration, region, shared
+        self.regathers = False  # whether the gathered input is kept, or gathered again in the backward
 
     def forward(self, x: Tensor) -> Tensor:
         """Gather and multiply."""
@@ -126,7 +158,7 @@ class ColwiseLinear(nn.Module):
         if self.shared is not None and torch.is_grad_enabled():
             weight = _SumOverHolders.apply(weight, self.shared, self.region)
             bias = bias if bias is None else _SumOverHolders.apply(bias, self.shared, self.region)
-        return _Colwise.apply(x, weight, bias, self.region, sink_of(weight))  # type: ignore[return-value]
+        return _Colwise.apply(x, weight, bias, self.region, sink_of(weight), self.regathers)  # type: ignore[return-value]
 
 
 class RowwiseLinear(nn.Module):
@@ -146,5 +178,6 @@ class RowwiseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply and sum."""
-        y = _Rowwise.apply(x, self.weight, self.region, sink_of(self.weight))
+        x = _Kept.apply(x)
+        y = _Rowwise.apply(x, self.weight, self.region, sink_of(self.weight), x.grad_fn)
         return y if self.bias is None else y + self.bias  # type: ignore[return-value]

@@ -12,19 +12,22 @@ from shardwright.errors import LayoutError
 from shardwright.layout.flat import Member
 from shardwright.nn.parameters import Held, held_by
 from shardwright.parallel.data import DataParallel, Twin
+from shardwright.parallel.offload.home import Home
 from shardwright.parallel.zero.residency import ZeroStage
 from shardwright.parallel.zero.unit import Unit
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How units are kept: the ZeRO stage, who communicates, and the dtypes and device of their buffers."""
+    """How units are kept: the ZeRO stage, who communicates, the dtypes and device of their buffers, and where what is
+    owned lives."""
 
     stage: ZeroStage
     data: DataParallel
     dtype: torch.dtype
     grad_dtype: torch.dtype
     device: torch.device
+    home: Home
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def _make_unit(
         dtype=storage.dtype,
         grad_dtype=storage.grad_dtype,
         device=storage.device,
+        home=storage.home,
         twin=None if shared is None else shared.twin,
     )
 

@@ -8,10 +8,6 @@ block alone is complete, parameters without a gradient in this microbatch includ
 end. So every rank that runs the same blocks issues the same collectives in the same order, whatever happened inside
 them.
 
-Note: several microbatches under way. In a pipeline a stage runs the forward of one microbatch between the forward and
-the backward of another. What is known of a microbatch's way through a stage is kept in a `Passage`, which the forward
-makes and the backward is given. A unit's gradient is complete when every passage that uses it has been closed.
-
 Note: two halves of a backward. I computes the gradients of activations and leaves the products that make weight
 gradients undone (their two factors are kept); W makes them. For the units that have such products everything that
 reaches their buffers, and their reduction, belongs to W: no gradient buffer waits from I to W. W reads no parameters,
@@ -20,10 +16,10 @@ so under ZeRO-3 it gathers none. Units without such products, such as the embedd
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,30 +27,29 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.optim.owned import Optimizer, OwnedTensor
-from shardwright.parallel.sink import GradientSink, Write, defers
+from shardwright.parallel.sink import GradientSink, Write, defers, fills_sinks
 from shardwright.parallel.zero.membership import Shared, Storage, make_units
 from shardwright.parallel.zero.norm import squared_norm
-from shardwright.parallel.zero.unit import Unit
+from shardwright.parallel.zero.passage import Passage, taken, tensors_in
+from shardwright.parallel.zero.unit import CATEGORIES, Unit
 
 _IN_FLIGHT = 2  # reductions under way at once: each holds a receive buffer of the other owners' shares
 
 
-@dataclass(eq=False)
-class Passage:
-    """One microbatch's way through one stage: which units it used, and what its backward has brought so far.
+class _Arrival:
+    """A hook on a parameter, for gradients that autograd brings.
 
-    `stays`: its backward follows its forward at once, so the last block's parameters need not be released between.
+    torch keeps it where Python's collector does not look: were its references strong, no states would ever be freed.
     """
 
-    stage: int
-    stays: bool
-    num_uses: int = 0
-    first_use: dict[Unit, int] = field(default_factory=dict)
-    arrived: Counter[Unit] = field(default_factory=Counter)
-    closed: set[Unit] = field(default_factory=set)
-    to_close: list[Unit] = field(default_factory=list)
-    last: set[Unit] = field(default_factory=set)  # the units that no later passage of this step uses
-    deferred: dict[Unit, list[tuple[int, Write]]] = field(default_factory=dict)
+    def __init__(self, states: States, unit: Unit, slot: int) -> None:
+        self._states, self._unit, self._slot = weakref.ref(states), weakref.ref(unit), slot
+
+    def __call__(self, parameter: Tensor) -> None:
+        states, unit = self._states(), self._unit()
+        assert states is not None and unit is not None, "a backward through the parameters of a runtime that is gone"
+        if parameter.grad is not None:  # else the module has delivered it
+            states.arrive(unit, self._slot)
 
 
 class States:
@@ -70,9 +65,10 @@ class States:
         storage: Storage,
         shared: Mapping[nn.Parameter, Shared] | None = None,
     ) -> None:
-        self.stage, self._device = storage.stage, storage.device
+        self.stage, self.home, self._device = storage.stage, storage.home, storage.device
         blocks = [block for own in stages.values() for block in own]
         self.units, uses = make_units(model, blocks, shared or {}, storage)
+        self.home.prepare(self.units)
         remaining = iter(uses)
         self._uses = {stage: [next(remaining) for _ in own] for stage, own in stages.items()}
         """By stage and block, the units that the block uses."""
@@ -80,6 +76,8 @@ class States:
         self._users = Counter(unit for used in self._of_stage.values() for unit in used)
         self._remaining: Counter[Unit] = Counter()
         self._in_flight: list[Unit] = []
+        self._leaving: list[Unit] = []
+        self._unpublished: list[Unit] = []
         self._forward: Passage | None = None
         self._backward: Passage | None = None
         self._deferring: frozenset[Unit] = frozenset()
@@ -91,7 +89,7 @@ class States:
             self._watch(stage, own)
         for unit in self.units:
             for slot, parameter in enumerate(unit.parameters):
-                parameter.register_post_accumulate_grad_hook(partial(self._arrive_by_autograd, unit, slot))
+                parameter.register_post_accumulate_grad_hook(_Arrival(self, unit, slot))
 
     def _used_by(self, uses: list[list[Unit]]) -> list[Unit]:
         """The units of a stage, in the order of the rank's units."""
@@ -111,13 +109,16 @@ class States:
             block.register_forward_hook(partial(self._after_forward, stage, index))
 
     def _make_sinks(self, modules: Sequence[nn.Module]) -> dict[int, list[GradientSink]]:
-        """A sink for every parameter that one module of this rank alone has; by stage."""
+        """A sink for every parameter that one module of this rank alone fills; by stage. Where others have the
+        parameter too, as a tied embedding, autograd brings their part, and says when all has arrived."""
         holders = Counter(p for m in modules for _, p in m.named_parameters(recurse=False))
+        filling = Counter(p for m in modules if fills_sinks(m) for _, p in m.named_parameters(recurse=False))
         sinks: dict[Unit, list[GradientSink]] = {}
         for unit in self.units:
             for slot, parameter in enumerate(unit.parameters):
-                if holders[parameter] == 1:
-                    sink = GradientSink(partial(self._arrive, unit, slot))
+                if filling[parameter] == 1:
+                    shared = holders[parameter] > 1
+                    sink = GradientSink(partial(self._arrive_in_part if shared else self.arrive, unit, slot))
                     sinks.setdefault(unit, []).append(sink)
                     parameter.gradient_sink = sink  # type: ignore[attr-defined]
         return {stage: [s for unit in used for s in sinks.get(unit, [])] for stage, used in self._of_stage.items()}
@@ -129,6 +130,7 @@ class States:
     def _before_forward(self, stage: int, index: int, *_: Any) -> None:
         if self._is_elsewhere(stage):
             return
+        self._publish(self._uses[stage][index])
         for unit in self._uses[stage][index]:
             unit.need()
             self._active[unit] += 1
@@ -138,7 +140,7 @@ class States:
         if self._is_elsewhere(stage):
             return
         passage = self._forward
-        tensors = [t for t in _tensors(output) if t.requires_grad]
+        tensors = [t for t in tensors_in(output) if t.requires_grad]
         if tensors and passage is not None:
             for tensor in tensors:
                 tensor.register_hook(partial(self._before_backward, passage, index, passage.num_uses))
@@ -160,27 +162,39 @@ class States:
     def _gather(self, stage: int, index: int) -> None:
         """Begin to gather a block's units, if the stage has such a block."""
         if 0 <= index < len(self._uses[stage]):
+            self._publish(self._uses[stage][index])
             for unit in self._uses[stage][index]:
                 unit.gather()
 
-    def _arrive_by_autograd(self, unit: Unit, slot: int, parameter: Tensor) -> None:
-        if parameter.grad is not None:  # else the module has delivered it
-            self._arrive(unit, slot)
+    def _publish(self, units: Sequence[Unit]) -> None:
+        """Publish what the last update left unpublished, up to these units: in the order of all units, which every rank
+        has alike, whichever blocks it runs."""
+        while any(unit in self._unpublished for unit in units):
+            self._unpublished.pop(0).publish()
 
-    def _arrive(self, unit: Unit, slot: int, write: Write | None = None) -> None:
+    def arrive(self, unit: Unit, slot: int, write: Write | None = None) -> None:
+        """The whole gradient of a parameter in this passage, or what was left of it."""
+        passage = self._take(unit, slot, write)
+        passage.arrived[unit] += 1
+        if passage.arrived[unit] == len(unit.parameters):
+            self._release(passage, unit)
+
+    def _arrive_in_part(self, unit: Unit, slot: int, write: Write) -> None:
+        self._take(unit, slot, write)
+
+    def _take(self, unit: Unit, slot: int, write: Write | None) -> Passage:
+        """A gradient, or a part of one."""
         passage = self._backward
         if passage is None:
             raise RuntimeError("a backward outside States.backward(): its gradients would not reach their owners")
         if unit in passage.closed:
             raise RuntimeError(f"{unit.name}: a parameter is used outside its block's forward, before that")
         if unit in self._deferring:
-            write = _taken(unit.parameters[slot]) if write is None else write
+            write = taken(unit.parameters[slot]) if write is None else write
             passage.deferred.setdefault(unit, []).append((slot, write))
         else:
             unit.accumulate(slot, write)
-        passage.arrived[unit] += 1
-        if passage.arrived[unit] == len(unit.parameters):
-            self._release(passage, unit)
+        return passage
 
     def _release(self, passage: Passage, unit: Unit) -> None:
         if self.stage.per_microbatch or unit in passage.last:
@@ -203,9 +217,16 @@ class States:
         last = unit in passage.last
         if last or (self.stage.owns_gradients and self.stage.per_microbatch):
             if len(self._in_flight) >= _IN_FLIGHT:
-                self._in_flight.pop(0).finish_scatter()
+                self._finish(self._in_flight.pop(0))
             unit.reduce(last)
             self._in_flight.append(unit)
+
+    def _finish(self, unit: Unit) -> None:
+        """End the oldest reduction under way. What it begins, the sum over the copies, goes on until the next ends."""
+        unit.finish_scatter()
+        for earlier in self._leaving:
+            self.home.take(earlier)
+        self._leaving = [unit] if unit.is_reduced and unit.twin is None else []
 
     # The step
 
@@ -213,6 +234,7 @@ class States:
         """Forget the last step's gradients; each stage will be passed by this many microbatches."""
         self._remaining = Counter({unit: users * num_microbatches for unit, users in self._users.items()})
         self._active.clear()
+        self.home.begin_step()
         for unit in self.units:
             unit.begin_step()
 
@@ -226,6 +248,8 @@ class States:
             yield self._forward
         finally:
             self._forward = None
+            for sink in self._sinks[stage]:
+                sink.end_forward()
 
     @contextmanager
     def backward(self, passage: Passage) -> Iterator[None]:
@@ -260,6 +284,7 @@ class States:
     @contextmanager
     def _running(self, passage: Passage, units: Sequence[Unit]) -> Iterator[None]:
         """A backward of a passage that completes the gradients of these units."""
+        self._publish(self.units)  # before the first reduction, also what no forward has asked for
         passage.to_close = list(reversed(units))
         passage.last = {unit for unit in units if self._remaining[unit] == 1}
         self._backward = passage
@@ -282,21 +307,23 @@ class States:
             unit.finish_scatter()
         self._in_flight = []
 
-    def collect_gradients(self) -> list[OwnedTensor]:
-        """Wait until every gradient is complete with its owner; the owned tensors, in the order of the blocks."""
+    def collect_gradients(self) -> None:
+        """Wait until every gradient is complete with its owner, and on its way to where it is used."""
         for unit in reversed(self.units):
             unit.finish_scatter()
         for unit in reversed(self.units):
             unit.finish_reduction()
+            if unit.twin is None:
+                self.home.take(unit)
         # All under way before any is waited for, and in one order: pairs of ranks may form chains and rings.
         twins = sorted((u.twin.order, u) for u in self.units if u.twin is not None)
-        for handle in [unit.exchange() for _, unit in twins]:
+        for (_, unit), handle in [(twin, twin[1].exchange()) for twin in twins]:
             handle.wait()
-        self._in_flight = []
-        return self.owned_tensors()
+            self.home.take(unit)
+        self._in_flight, self._leaving = [], []
 
     def owned_tensors(self) -> list[OwnedTensor]:
-        """What this rank updates, in the order of the blocks."""
+        """What this rank updates, in the order of the blocks, once no update is under way."""
         return [unit.owned_tensor() for unit in self.units]
 
     def initialise(self, seed: int) -> None:
@@ -305,32 +332,32 @@ class States:
             unit.initialise(seed)
 
     def update(self, optimizer: Optimizer, lr: float, gradient_scale: float) -> None:
-        """Update what this rank owns. Each unit is published at once, so that the transfer of one runs under the
-        update of the next and, for the last ones, under the next forward."""
-        for unit in self.units:
-            optimizer.update(unit.owned_tensor(), lr, gradient_scale)
-            unit.publish()
+        """Update what this rank owns, where it lives. What lies on the way from there to whole parameters may be still
+        under way afterwards: a unit is waited for when it is needed."""
+        self.home.update(self.units, optimizer, lr, gradient_scale)
+        self._unpublished = list(self.units)
 
     def squared_norm(self) -> Tensor:
         """This rank's part of the squared norm of all gradients, fp64; every element counts on one rank."""
         parts = [squared_norm(part) for unit in self.units for part in unit.counted_gradient()]
         return torch.stack([*parts, torch.zeros((), dtype=torch.float64, device=self._device)]).sum()
 
+    # Ledger
 
-def _taken(parameter: nn.Parameter) -> Write:
-    """What writes the gradient that a backward left on a parameter, taken from it."""
-    gradient, parameter.grad = parameter.grad, None
-    assert gradient is not None
+    def resident_by_unit(self, optimizer: Optimizer) -> list[tuple[Unit, dict[str, list[Tensor]]]]:
+        """Each unit's live tensors by the ledger's categories, moments included."""
+        found = []
+        for unit in self.units:
+            resident = unit.resident()
+            resident[self.home.category] += optimizer.moments(unit.name)
+            found.append((unit, resident))
+        return found
 
-    def write(view: Tensor, add: bool) -> None:
-        (view.add_ if add else view.copy_)(gradient)
-
-    return write
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, tuple | list):
-        return [tensor for item in output for tensor in _tensors(item)]
-    return []
+    def resident(self, optimizer: Optimizer) -> dict[str, list[Tensor]]:
+        """All live tensors of state by the ledger's categories, each memory once; `offload` is the home's buffers."""
+        found: dict[str, list[Tensor]] = {category: [] for category in CATEGORIES}
+        for _, resident in self.resident_by_unit(optimizer):
+            for category, tensors in resident.items():
+                found[category] += tensors
+        found["offload"] += self.home.buffers()
+        return found

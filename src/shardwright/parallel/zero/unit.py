@@ -20,8 +20,12 @@ from shardwright.layout.flat import FlatLayout, Member, Slot
 from shardwright.nn.initial import fill
 from shardwright.optim.owned import OwnedTensor
 from shardwright.parallel.data import DataParallel, Twin
+from shardwright.parallel.offload.home import Home
 from shardwright.parallel.sink import Write
 from shardwright.parallel.zero.residency import Residency, ZeroStage
+
+CATEGORIES = ("parameters", "gradients", "optimizer", "communication", "offload", "host")
+"""Of the ledger: `offload` is the device's buffers through which state streams, `host` what is not on the device."""
 
 
 class Unit:
@@ -40,9 +44,10 @@ class Unit:
         dtype: torch.dtype,
         grad_dtype: torch.dtype,
         device: torch.device,
+        home: Home,
         twin: Twin | None = None,
     ) -> None:
-        self.name, self.stage, self.data, self.twin = name, stage, data, twin
+        self.name, self.stage, self.data, self.home, self.twin = name, stage, data, home, twin
         self.layout = FlatLayout.of(members, data.degree)
         self.grad_dtype = grad_dtype
         owners = data.owners
@@ -53,12 +58,12 @@ class Unit:
         self.whole = torch.zeros(self.layout.length, dtype=dtype, device=device)
         self.residency = Residency.WHOLE
         self._gathering: Handle = DONE
+        self._arrival: Handle = DONE
         self.parameters = [self._view(slot) for slot in self.layout.slots]
 
         mine = self.whole[self.begin : self.end]
         self.owned_values = mine.clone() if self.shards_parameters else mine
-        master_dtype = torch.promote_types(dtype, torch.float32)
-        self.masters = self.owned_values if master_dtype == dtype else torch.zeros_like(mine, dtype=master_dtype)
+        self.masters = home.masters(self.owned_values)
 
         self._whole_gradient: Tensor | None = None if self.shards_gradients else self._new_gradient()
         if self._whole_gradient is None:
@@ -70,6 +75,7 @@ class Unit:
         self._summing: Handle = DONE
         self._scattering: Handle | None = None
         self._scatter_is_last = False
+        self.is_reduced = False
         if self.shards_parameters:
             self.release()
 
@@ -94,31 +100,42 @@ class Unit:
         """Fill the owned range by name and element index, then make the parameters whole where they rest so."""
         for piece in self.owned_pieces:
             fill(self.masters[piece.start : piece.stop], piece.box, seed)
-        self.publish()
-
-    def publish(self) -> None:
-        """After an update: the masters become parameters, here and wherever they rest whole."""
         if self.masters is not self.owned_values:
             self.owned_values.copy_(self.masters)
+        self.arrives(DONE)
+        self.publish()
+
+    def arrives(self, arrival: Handle) -> None:
+        """After an update, or at one's beginning: the owned values are new once `arrival` has been waited for, and the
+        other owners' are old."""
+        self._arrival = arrival
         if not self.shards_parameters:
-            self._gathering = all_gather(self.whole, self.data.owners, reason="zero/publish")
-            self.residency = Residency.GATHERING
+            self.residency = Residency.OWNED
+
+    def publish(self) -> None:
+        """After an update: begin to gather the new values where they rest whole, if nobody has."""
+        if not self.shards_parameters:
+            self.gather()
 
     def gather(self) -> None:
         """Begin to make the parameters whole, if nobody has."""
         if self.residency is not Residency.OWNED:
             return
-        self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
-        self._owned(self.whole).copy_(self.owned_values)
-        self._gathering = all_gather(self.whole, self.data.owners, reason="zero/gather")
+        self._arrival.wait()
+        if self.shards_parameters:
+            self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
+            self._owned(self.whole).copy_(self.owned_values)
+        reason = "zero/gather" if self.shards_parameters else "zero/publish"
+        self._gathering = all_gather(self.whole, self.data.owners, reason=reason)
         self.residency = Residency.GATHERING
 
     def need(self) -> None:
         """Return with whole parameters."""
         self.gather()
         if self.residency is Residency.GATHERING:
+            self._arrival.wait()  # once more: what is gathered in a lane of its own has arrived there alone
             self._gathering.wait()
-            self._gathering, self.residency = DONE, Residency.WHOLE
+            self._arrival, self._gathering, self.residency = DONE, DONE, Residency.WHOLE
 
     def release(self) -> None:
         """Keep the owned share alone, where the stage shards parameters. Their memory is freed in place: what autograd
@@ -134,9 +151,12 @@ class Unit:
         """Forget the last step's gradients; their memory is written over, not cleared."""
         self._written = [False] * len(self.layout.slots)
         self._owned_written = False
+        self.is_reduced = False
 
     def _new_gradient(self) -> Tensor:
         gradient = torch.empty(self.layout.length, dtype=self.grad_dtype, device=self.whole.device)
+        if self.shards_gradients:
+            self.data.owners.ledger.buffer(gradient)
         for begin, end in self.layout.gaps:
             gradient[begin:end].zero_()
         return gradient
@@ -157,6 +177,7 @@ class Unit:
 
     def _gradient_view(self, slot: Slot) -> Tensor:
         self.finish_scatter()  # the last microbatch's sum may still be under way in this memory
+        self._arrival.wait()  # and the last update may still read it
         if self._whole_gradient is None:
             self._whole_gradient = self._new_gradient()
         return self._whole_gradient[slot.start : slot.stop].view(slot.shape)
@@ -196,13 +217,19 @@ class Unit:
             self._written = [False] * len(self.layout.slots)
         if self._scatter_is_last:
             self._summing = all_reduce(self.owned_gradient, self.data.copies, reason="data/reduce")
+            self.is_reduced = True
+
+    def finish_sum(self) -> None:
+        """Wait for the sum over the copies: the owned gradient is complete, but for a twin's."""
+        self._summing.wait()
+        self._summing = DONE
 
     def finish_reduction(self) -> None:
         """Return with the owned gradient complete and no transfer under way that an update could disturb."""
         self.finish_scatter()
-        self._summing.wait()
-        self._summing = DONE
-        if self.residency is Residency.GATHERING:
+        self.finish_sum()
+        self._arrival.wait()
+        if not self.shards_parameters or self.residency is Residency.GATHERING:
             self.need()
 
     def exchange(self) -> Handle:
@@ -211,10 +238,20 @@ class Unit:
             return DONE
         return exchange_sum(self.owned_gradient, self.twin.line, self.twin.other, reason="pipeline/tied")
 
-    def owned_tensor(self) -> OwnedTensor:
-        """What the optimizer updates."""
+    def owned_tensor(self, *, settled: bool = True) -> OwnedTensor:
+        """What the optimizer updates. `settled`: once no update is under way, so that it may be read."""
+        if settled:
+            self.home.settle()
         decayed = min(max(self.layout.decayed - self.begin, 0), self.end - self.begin)
-        return OwnedTensor(self.name, self.masters, self.owned_gradient, decayed)
+        return OwnedTensor(self.name, self.masters, self.owned_gradient, decayed, self.home)
+
+    def updated_values(self) -> Tensor:
+        """The owned range as the last update left it, where it is exact: the values that compute, or the masters where
+        those are more exact."""
+        if self.masters.dtype != self.owned_values.dtype:
+            return self.owned_tensor().values
+        self._arrival.wait()
+        return self.owned_values
 
     def counted_gradient(self) -> list[Tensor]:
         """The parts of the owned gradient that this rank counts in the norm: copies divide it among themselves."""
@@ -227,19 +264,21 @@ class Unit:
     # Ledger
 
     def resident(self) -> dict[str, list[Tensor]]:
-        """Live tensors by category, each memory once."""
-        found: dict[str, list[Tensor]] = {"parameters": [], "gradients": [], "optimizer": [], "communication": []}
+        """Live tensors by category, each memory once; of the optimizer's state the masters alone."""
+        found: dict[str, list[Tensor]] = {category: [] for category in CATEGORIES}
         if self.whole.untyped_storage().nbytes():
             # Sharded parameters that are whole just now are a transfer's buffer, not a resting place.
             found["communication" if self.shards_parameters else "parameters"].append(self.whole)
         if self.shards_parameters:
             found["parameters"].append(self.owned_values)
         if self.masters is not self.owned_values:
-            found["optimizer"].append(self.masters)
+            found[self.home.category].append(self.masters)
         if self.shards_gradients:
             found["gradients"].append(self.owned_gradient)
             if self._whole_gradient is not None:
                 found["communication"].append(self._whole_gradient)
         elif self._whole_gradient is not None:
             found["gradients"].append(self._whole_gradient)
+        for category, tensors in self.home.held_for(self.name).items():
+            found[category] += tensors
         return found

@@ -1,0 +1,60 @@
+"""Host memory that a device reads and writes while others work: pinned where the device is a GPU.
+
+Note: pinned without waste. torch's own pinned allocator rounds every size up to a power of two, up to twice what was
+asked for. So memory is allocated as any other, in whole pages, and registered with CUDA: the bytes are those of the
+formula. It stays registered until its home is gone, and is freed after that.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwright.errors import RunError
+from shardwright.units import format_bytes
+
+_PAGE = 4096
+_PORTABLE = 1  # pinned for every context of the process
+
+
+class HostMemory:
+    """Flat tensors on the host for the state of one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned = device.type == "cuda"
+        self._registered: list[Tensor] = []
+        if self._pinned:
+            # The list outlives this object in the finalizer, so that memory is freed after it was unregistered.
+            weakref.finalize(self, _unregister, device, self._registered).atexit = False
+
+    def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A flat tensor of zeros."""
+        if not self._pinned:
+            return torch.zeros(numel, dtype=dtype)
+        num_bytes = numel * dtype.itemsize
+        padded = -(-num_bytes // _PAGE) * _PAGE
+        memory = torch.zeros(padded + _PAGE, dtype=torch.uint8)
+        start = -memory.data_ptr() % _PAGE
+        pages = memory[start : start + padded]  # pages of its own: CUDA registers none twice
+        failed = int(_cudart().cudaHostRegister(pages.data_ptr(), padded, _PORTABLE))
+        if failed:
+            raise RunError(
+                f"memory.offload: CUDA could not pin {format_bytes(padded)} of host memory (cudaError {failed})",
+                "raise the limit of locked memory (ulimit -l), or own less on each host",
+            )
+        self._registered.append(pages)
+        return pages[:num_bytes].view(dtype)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()
+
+
+def _unregister(device: torch.device, registered: list[Tensor]) -> None:
+    torch.cuda.synchronize(device)  # no copy is under way in what is given back
+    for pages in registered:
+        _cudart().cudaHostUnregister(pages.data_ptr())
+    registered.clear()
