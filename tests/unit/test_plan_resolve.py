@@ -200,6 +200,11 @@ def test_layout_refusals(arguments: dict, message: str) -> None:
             'run.device: cuda was asked for, and the ranks run on cpu\n  what works: run.device = "auto" or "cpu"',
         ),
         (
+            {"run": {"backend": "nccl"}},
+            "run.backend: nccl moves the memory of GPUs, and the ranks run on cpu\n"
+            '  what works: run.backend = "auto" or "gloo", or run.device = "cuda"',
+        ),
+        (
             {"model": {"vocab": 100}},
             "model.vocab: 100 is smaller than the tokenizer's 257\n  give model.vocab = 257 or more, or leave it out",
         ),
@@ -221,18 +226,17 @@ def test_recipe_refusals(arguments: dict, message: str) -> None:
             {"model": {"init_from": "x"}},
             'model.init_from: "x" is not built yet\n  this version runs without model.init_from',
         ),
-        (
-            {"memory": {"recompute": "full"}},
-            'memory.recompute: "full" is not built yet\n  this version runs memory.recompute = "none"',
-        ),
-        (
-            {"memory": {"offload": "state"}},
-            'memory.offload: "state" is not built yet\n  this version runs memory.offload = "none"',
-        ),
     ],
 )
 def test_not_built_yet(sections: dict, message: str) -> None:
     assert refusal(LayoutError, **sections) == message
+
+
+def test_ranks_that_share_gpus_are_told() -> None:
+    told = "run.backend = gloo: ranks share GPUs where they are more than these, and exchange through host memory"
+    assert told in plan(world_size=4, device="cuda", run={"backend": "gloo"}).decisions
+    for device, run in (("cuda", {}), ("cuda", {"backend": "nccl"}), ("cpu", {"backend": "gloo"})):
+        assert not any("run.backend" in decision for decision in plan(device=device, run=run).decisions)
 
 
 def test_groups_that_cross_nodes_are_warned_about() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from shardwright.layout.split import even_split, kv_heads_for
+from shardwright.cost.units import embedding_parameters, layer_parameters, norm_parameters, word_parameters
 from shardwright.record.records import MemoryRecord, Origin
 from shardwright.spec.architecture import Architecture
 from shardwright.units import Bytes
@@ -22,27 +20,13 @@ def held_parameters(
     stages have them. A tied matrix is held by both, once where one rank has both.
     """
 
-    def part(length: int) -> int:
-        begin, end = even_split(length, tp, index)
-        return end - begin
-
-    words = part(a.vocab) * a.hidden
-    total = (a.layers if layers is None else layers) * _held_of_layer(a, tp, index, part)
+    words = word_parameters(a, tp, index)
+    total = (a.layers if layers is None else layers) * sum(layer_parameters(a, tp, index))
     if embedding:
-        total += words + (a.max_positions * a.hidden if a.positions == "learned" else 0)
+        total += words + sum(embedding_parameters(a))
     if head:
-        total += a.norm_parameters + (0 if embedding and a.tied_embeddings else words)
+        total += sum(norm_parameters(a)) + (0 if embedding and a.tied_embeddings else words)
     return total
-
-
-def _held_of_layer(a: Architecture, tp: int, index: int, part: Callable[[int], int]) -> int:
-    d, ffn = a.head_dim, part(a.ffn)
-    first, last = kv_heads_for(a.heads, a.kv_heads, tp, index)
-    queries, qkv = part(a.heads) * d, (part(a.heads) + 2 * (last - first)) * d
-    products = 3 if a.activation == "swiglu" else 2
-    layer = a.hidden * (qkv + queries) + products * a.hidden * ffn + 2 * a.norm_parameters
-    layer += (2 * d if a.qk_norm else 0) + (qkv if a.bias or a.qkv_bias else 0)
-    return layer + ((2 * a.hidden + (products - 1) * ffn) if a.bias else 0)
 
 
 def state_memory(
@@ -54,9 +38,12 @@ def state_memory(
     grad_dtype: str,
     optimizer: str,
     per_microbatch: bool = True,
+    offload: str = "none",
     rank: int = 0,
 ) -> MemoryRecord:
     """What a rank holds between microbatches, for `num_parameters` shared by `owners` ranks, padding apart.
+
+    Offload takes masters, where they are apart, and moments to the host; see `host_bytes`.
 
     bf16 compute keeps fp32 masters; fp32 and fp64 compute need none beside the parameters. Moments have the masters'
     dtype. With `per_microbatch` false (parallel.zero_pipeline = "save_communication") stages 2 and 3 keep gradients,
@@ -74,12 +61,31 @@ def state_memory(
     if not per_microbatch:
         transient += num_parameters * compute if shards_parameters else 0
         transient += num_parameters * gradient if shards_gradients else 0
+    of_optimizer = state * (moments + (master if master != compute else 0))
     return MemoryRecord(
         origin=Origin.ESTIMATED,
         rank=rank,
         parameters=Bytes(round(parameters)),
         gradients=Bytes(round(gradients)),
-        optimizer=Bytes(round(state * (moments + (master if master != compute else 0)))),
+        optimizer=Bytes(round(of_optimizer if offload == "none" else 0)),
         communication=Bytes(round(transient)),
         padding=Bytes(0),
+        host=Bytes(round(state * host_bytes(dtype, grad_dtype, optimizer, offload))),
     )
+
+
+def host_bytes(dtype: str, grad_dtype: str, optimizer: str, offload: str) -> int:
+    """Of an owned parameter, on its owner's host. `state`: moments, and the masters where they are more exact than what
+    computes. `update`: both always, and room for the gradient to land in."""
+    master = max(BYTES[dtype], 4)
+    moments = MOMENTS[optimizer] * master
+    if offload == "update":
+        return master + moments + BYTES[grad_dtype]
+    return {"none": 0, "state": moments + (master if master != BYTES[dtype] else 0)}[offload]
+
+
+def streamed_bytes(dtype: str, grad_dtype: str, optimizer: str) -> int:
+    """Of an element that streams through a slot under `state`: its masters where they are apart, its moments, and its
+    gradient where that has to be cast."""
+    master = max(BYTES[dtype], 4)
+    return ((master != BYTES[dtype]) + MOMENTS[optimizer] + (master != BYTES[grad_dtype])) * master

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shardwright.errors import LayoutError, RecipeError
+from shardwright.plan.host import check_chunk, check_host
 from shardwright.plan.plan import Device, Plan
 from shardwright.plan.stages import resolve_stages
 from shardwright.plan.supported import check_supported
@@ -37,16 +38,18 @@ def resolve(
     architecture.check_sequence_length(train.sequence_length)
     _check_device(spec, device)
     _check_tensor_parallel(architecture, spec.parallel.tp)
+    _check_recompute(architecture, spec)
     topology, decisions = resolve_topology(spec, world_size)
     num_microbatches = _num_microbatches(train, topology.dp)
     stages = resolve_stages(architecture, spec, topology, world_size)
     dtype, grad_dtype, notes, warnings = _dtypes(train, device, native_bf16)
     check_supported(spec)
+    notes += _backend_notes(spec, device)
     if spec.run.device == "auto":
         notes.insert(0, f"run.device = {device}: what this machine has")
     if spec.model.vocab is None and architecture.vocab == (tokenizer_vocab or spec.data.expected_vocab):
         notes.append(f"model.vocab = {architecture.vocab}: the tokenizer's")
-    return Plan(
+    plan = Plan(
         spec=spec,
         architecture=architecture,
         topology=topology,
@@ -66,6 +69,9 @@ def resolve(
             *(crossings(topology, local_size) if local_size else ()),
         ),
     )
+    check_chunk(plan)
+    check_host(plan, local_size or plan.world_size)
+    return plan
 
 
 def _check_device(spec: Spec, device: Device) -> None:
@@ -74,6 +80,18 @@ def _check_device(spec: Spec, device: Device) -> None:
             f"run.device: {spec.run.device} was asked for, and the ranks run on {device}",
             f'what works: run.device = "auto" or "{device}"',
         )
+    if spec.run.backend == "nccl" and device == "cpu":
+        raise RecipeError(
+            "run.backend: nccl moves the memory of GPUs, and the ranks run on cpu",
+            'what works: run.backend = "auto" or "gloo", or run.device = "cuda"',
+        )
+
+
+def _backend_notes(spec: Spec, device: Device) -> list[str]:
+    """What a backend that was asked for means for the ranks."""
+    if spec.run.backend != "gloo" or device != "cuda":
+        return []
+    return ["run.backend = gloo: ranks share GPUs where they are more than these, and exchange through host memory"]
 
 
 def _schedule_warnings(train: TrainSpec) -> tuple[str, ...]:
@@ -101,6 +119,24 @@ def _check_tensor_parallel(architecture: Architecture, tp: int) -> None:
                 f"parallel.tp: {tp} is more than model.{field} = {size}, of which each rank has a part",
                 f"nearest that works: tp = {works}",
             )
+
+
+def _check_recompute(architecture: Architecture, spec: Spec) -> None:
+    chosen = spec.memory.recompute_layers
+    if isinstance(chosen, str):
+        return
+    if wrong := [index for index in chosen if index >= architecture.layers]:
+        raise RecipeError(
+            f"memory.recompute_layers: there is no layer {wrong[0]} among model.layers = {architecture.layers}",
+            f"layers are counted from 0 to {architecture.layers - 1}",
+        )
+    if spec.memory.recompute == "none" and chosen:
+        raise RecipeError(
+            'memory.recompute_layers: names layers, and memory.recompute is "none"',
+            'what works: memory.recompute = "selective" or "full", or no recompute_layers',
+        )
+    if len(set(chosen)) != len(chosen):
+        raise RecipeError(f"memory.recompute_layers: {list(chosen)} names a layer twice", "name each once")
 
 
 def _num_microbatches(train: TrainSpec, dp: int) -> int:

@@ -50,12 +50,18 @@ class ValidationRecord:
         return asdict(self)
 
 
+_NONE = Bytes(0)
+
+
 @dataclass(frozen=True)
 class MemoryRecord:
-    """Bytes of training state that one rank holds between microbatches.
+    """Bytes that one rank holds.
 
-    `optimizer` includes master weights. `communication` is what transfers hold while they rest. `padding` is the part
-    of all these that belongs to no parameter; an estimate from the formula has none.
+    On the device, between microbatches: `parameters`; `gradients`; `optimizer`, master weights included;
+    `communication`, what transfers hold while they rest; `offload`, the buffers through which offloaded state streams.
+    `padding` is the part of all these that belongs to no parameter. `activations` is the most that a step adds to them
+    in tensors of computation at one moment, and `peak` the most that is live at one moment in all, transfers included.
+    `host` is what offload keeps in host memory.
     """
 
     origin: Origin
@@ -65,11 +71,15 @@ class MemoryRecord:
     optimizer: Bytes
     communication: Bytes
     padding: Bytes
+    offload: Bytes = _NONE
+    activations: Bytes = _NONE
+    peak: Bytes = _NONE
+    host: Bytes = _NONE
 
     @property
     def total(self) -> Bytes:
-        """All categories; padding is inside them."""
-        return Bytes(self.parameters + self.gradients + self.optimizer + self.communication)
+        """What rests on the device between microbatches; padding is inside it."""
+        return Bytes(self.parameters + self.gradients + self.optimizer + self.communication + self.offload)
 
     def as_json(self) -> dict[str, Any]:
         """The record, with its total."""

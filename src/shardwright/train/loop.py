@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from shardwright.parallel.compose import Runtime
 from shardwright.record.records import MemoryRecord, StepRecord, ValidationRecord
 from shardwright.train.batches import rank_batch
 from shardwright.train.evaluate import evaluate
-from shardwright.train.ledger import measured_memory
+from shardwright.train.ledger import StepMemory
 from shardwright.train.step import StepResult, train_step
 from shardwright.units import Seconds
 
@@ -35,7 +36,7 @@ class Observer(Protocol):
 
 @dataclass
 class Outcome:
-    """How a run ended. `memory` is what the rank held between microbatches of its first step."""
+    """How a run ended. `memory` is what the rank held in its first step."""
 
     steps: int = 0
     skipped: int = 0
@@ -87,8 +88,10 @@ class TrainingLoop:
         plan, began = self.runtime.plan, time.perf_counter()
         batch = rank_batch(self.runtime, self.dataset.train, step)
         lr = learning_rate(plan.spec.train, step)
-        with self._measuring(step):
+        with StepMemory(self.runtime, self.optimizer) if step == 0 else nullcontext() as memory:
             result = train_step(self.runtime, self.optimizer, batch, lr, stop=self.stop_requested())
+        if memory is not None:
+            self.outcome.memory = memory.record
         seconds = time.perf_counter() - began
         rate = result.num_tokens / seconds
         flops = plan.architecture.flops_per_token(plan.sequence_length)
@@ -108,9 +111,6 @@ class TrainingLoop:
             observer.on_step(record)
         return result
 
-    def _measuring(self, step: int) -> _Measuring:
-        return _Measuring(self, active=step == 0)
-
     def _validate(self, step: int) -> None:
         if self.dataset.validation is None:
             return
@@ -119,27 +119,6 @@ class TrainingLoop:
         self.outcome.last_validation = record
         for observer in self.observers:
             observer.on_validation(record)
-
-
-class _Measuring:
-    """Takes the memory ledger between the first step's microbatches, or after it where there is only one."""
-
-    def __init__(self, loop: TrainingLoop, active: bool) -> None:
-        self._loop, self._active = loop, active
-
-    def __enter__(self) -> None:
-        if self._active:
-            self._loop.runtime.pipeline.between = lambda: self._take(transient=True)
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if self._active and error is None:
-            self._loop.runtime.pipeline.between = None
-            if self._loop.outcome.memory is None:
-                self._take(transient=False)
-
-    def _take(self, transient: bool) -> None:
-        loop = self._loop
-        loop.outcome.memory = measured_memory(loop.runtime, loop.optimizer, transient=transient)
 
 
 def _diverged(result: StepResult, step: int, count: int) -> RunError:

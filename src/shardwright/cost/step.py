@@ -1,0 +1,240 @@
+"""A rank's step replayed on a tape: what its actions hold at each moment, transfers' buffers included.
+
+Note: what is live when. A forward leaves what its blocks keep, and its output until that was sent; a backward takes it
+back. How many microbatches are kept at once follows from the order of the actions alone. Between the blocks of an
+action ZeRO makes parameters whole and free again, takes gradients in, and has up to two reductions under way, which
+last into the next action. The replay does in the same order what parallel/zero/states.py and parallel/pipeline.py do.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shardwright.cost.activations import EmbeddingTape, HeadTape, LayerTape
+from shardwright.cost.tape import Tape
+from shardwright.schedule.action import Action, Kind
+
+_IN_FLIGHT = 2
+_SENDS_UNDER_WAY = 2
+
+
+@dataclass(frozen=True)
+class Zero:
+    """How units are kept: see parallel/zero/residency.py. `direct`: collectives receive into buffers, as on CPUs."""
+
+    shards_gradients: bool
+    shards_parameters: bool
+    per_microbatch: bool
+    owners: int
+    copies: int
+    element: int
+    grad_element: int
+    direct: bool
+
+    def whole(self, length: int) -> int:
+        """Bytes of a unit's parameters while they are whole, where they do not rest so."""
+        return length * self.element if self.shards_parameters else 0
+
+    def gradient(self, length: int) -> int:
+        """Bytes of a unit's whole gradient, where it does not rest whole."""
+        return length * self.grad_element if self.shards_gradients else 0
+
+    def received(self, length: int) -> int:
+        """Bytes in which the others' shares of a gradient arrive."""
+        return length // self.owners * (self.owners - 1) * self.grad_element if self.direct else 0
+
+    def summed(self, length: int) -> int:
+        """Bytes in which the other copy's share arrives; more than two copies sum in place."""
+        return length // self.owners * self.grad_element if self.direct and self.copies == 2 else 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block's tape, and the padded lengths of the units that it is the first of its stage to use."""
+
+    tape: EmbeddingTape | LayerTape | HeadTape
+    units: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StageTape:
+    """A stage of the rank: its blocks in order, and the bytes of what travels between stages."""
+
+    blocks: tuple[Block, ...]
+    is_first: bool
+    is_last: bool
+    boundary: int
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A unit whose reduction is under way: the block that it belongs to, by stage and place, and its padded length."""
+
+    stage: int
+    block: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What an action does to a tape, relative to its begin."""
+
+    activations: float
+    transfers: float
+    peak_activations: float
+    peak: float
+    in_flight: tuple[_Unit, ...]
+
+
+@dataclass
+class Replay:
+    """Replays a rank's actions. `stages` are those of the rank, by number."""
+
+    stages: dict[int, StageTape]
+    zero: Zero
+    tape: Tape = field(default_factory=Tape)
+    _done: dict[tuple[Kind, int, bool, tuple[_Unit, ...]], _Done] = field(default_factory=dict)
+    _in_flight: list[_Unit] = field(default_factory=list)
+    _sends: dict[tuple[Kind, int], deque[int]] = field(default_factory=dict)
+
+    def run(self, actions: Sequence[Action], num_microbatches: int) -> Tape:
+        """All actions of a step."""
+        held = sum(length for stage in self.stages.values() for block in stage.blocks for length in block.units)
+        if not self.zero.per_microbatch:
+            self.tape.open(self.zero.whole(held) + self.zero.gradient(held))
+        left = {stage: num_microbatches for stage in self.stages}
+        for index, action in enumerate(actions):
+            if not action.kind.computes:
+                self._transfer(action)
+                continue
+            ends = action.kind in (Kind.BACKWARD, Kind.WEIGHT)
+            stays = action.kind is Kind.FORWARD and _follows_itself(actions, index)
+            self._perform(action, ends and left[action.stage] == 1, stays)
+            if ends:
+                left[action.stage] -= 1
+        while self._in_flight:
+            self._finish(self.tape, self._in_flight.pop(0), last=True)
+        return self.tape
+
+    def _transfer(self, action: Action) -> None:
+        """A receive takes memory when it is posted. A send keeps it until the second one after it is due."""
+        size = self.stages[action.stage].boundary
+        if action.kind in (Kind.RECEIVE_INPUT, Kind.RECEIVE_GRADIENT):
+            self.tape.take(size)
+            return
+        under_way = self._sends.setdefault((action.kind, action.stage), deque())
+        if len(under_way) >= _SENDS_UNDER_WAY:
+            self.tape.drop(under_way.popleft())
+        under_way.append(size)
+
+    def _perform(self, action: Action, last: bool, stays: bool) -> None:
+        """Add what an action does; alike ones are worked out once."""
+        flag = last if action.kind is not Kind.FORWARD else stays
+        key = (action.kind, action.stage, flag, tuple(self._in_flight))
+        if key not in self._done:
+            self._done[key] = self._worked_out(action, last, stays)
+        done, t = self._done[key], self.tape
+        t.peak_activations = max(t.peak_activations, t.activations + done.peak_activations)
+        t.peak = max(t.peak, t.activations + t.transfers + done.peak)
+        t.activations += done.activations
+        t.transfers += done.transfers
+        self._in_flight = list(done.in_flight)
+
+    def _worked_out(self, action: Action, last: bool, stays: bool) -> _Done:
+        t, number = Tape(), action.stage
+        if action.kind is Kind.FORWARD:
+            self._forward(t, self.stages[number], stays)
+        elif action.kind is Kind.WEIGHT:
+            self._weight(t, number, last)
+        else:
+            self._backward(t, number, last, defers=action.kind is Kind.INPUT)
+        return _Done(t.activations, t.transfers, t.peak_activations, t.peak, tuple(self._in_flight))
+
+    def _whole(self, stage: StageTape, index: int) -> int:
+        """Bytes of a block's parameters while they are whole, where they go between uses."""
+        if not (0 <= index < len(stage.blocks) and self.zero.per_microbatch):
+            return 0
+        return sum(self.zero.whole(length) for length in stage.blocks[index].units)
+
+    def _forward(self, t: Tape, stage: StageTape, stays: bool) -> None:
+        count = len(stage.blocks)
+        t.open(self._whole(stage, 0))
+        for index, block in enumerate(stage.blocks):
+            t.open(self._whole(stage, index + 1))
+            block.tape.forward(t)
+            if not (stays and index == count - 1):
+                t.close(self._whole(stage, index))
+        if stays:
+            t.close(self._whole(stage, count - 1))  # its backward opens it again at once
+
+    def _backward(self, t: Tape, number: int, last: bool, *, defers: bool) -> None:
+        """Block by block; a block's unit is reduced when its gradients are all there."""
+        stage = self.stages[number]
+        t.open(self._whole(stage, len(stage.blocks) - 1))
+        for index in reversed(range(len(stage.blocks))):
+            block, first = stage.blocks[index], index == 0
+            t.open(self._whole(stage, index - 1))
+            layer = block.tape if isinstance(block.tape, LayerTape) else None
+            if layer is None or not defers:
+                self._take_in(t, number, index, last)
+            if layer is not None:
+                layer.backward(t, keeps_input=first, defers=defers)
+            elif isinstance(block.tape, HeadTape):
+                block.tape.backward(t, keeps_input=first)
+            else:
+                block.tape.backward(t)
+            t.close(self._whole(stage, index))
+            if layer is None or not defers:
+                self._reduce(t, number, index, last)
+        if not stage.is_first:
+            t.drop(stage.boundary)  # the input
+
+    def _weight(self, t: Tape, number: int, last: bool) -> None:
+        blocks = self.stages[number].blocks
+        for index in reversed(range(len(blocks))):
+            tape = blocks[index].tape
+            if isinstance(tape, LayerTape):
+                self._take_in(t, number, index, last)
+                tape.weights(t)
+                self._reduce(t, number, index, last)
+
+    def _take_in(self, t: Tape, number: int, index: int, last: bool) -> None:
+        """A block's gradients get whole buffers, where they have none, when their last reduction has ended."""
+        for unit in [u for u in self._in_flight if (u.stage, u.block) == (number, index)]:
+            self._in_flight.remove(unit)
+            self._finish(t, unit, last=False)
+        if self.zero.per_microbatch:
+            t.open(sum(self.zero.gradient(length) for length in self.stages[number].blocks[index].units))
+
+    def _reduce(self, t: Tape, number: int, index: int, last: bool) -> None:
+        """Begin a block's reductions, and end the oldest of those under way."""
+        zero = self.zero
+        if not (last or (zero.shards_gradients and zero.per_microbatch)):
+            return
+        for length in self.stages[number].blocks[index].units:
+            if zero.owners == 1:  # there is nothing to scatter, and the sum over the copies begins at once
+                t.open(zero.summed(length))
+                continue
+            if len(self._in_flight) >= _IN_FLIGHT:
+                self._finish(t, self._in_flight.pop(0), last)
+            t.open(zero.received(length))
+            self._in_flight.append(_Unit(number, index, length))
+
+    def _finish(self, t: Tape, unit: _Unit, last: bool) -> None:
+        zero, length = self.zero, unit.length
+        t.close(zero.received(length) + zero.gradient(length))
+        if last:
+            t.open(zero.summed(length))
+
+
+def _follows_itself(actions: Sequence[Action], index: int) -> bool:
+    """Whether a forward's own backward is the next action that computes."""
+    action = actions[index]
+    following = next((a for a in actions[index + 1 :] if a.kind.computes), None)
+    return (
+        following is not None
+        and following.kind in (Kind.BACKWARD, Kind.INPUT)
+        and (following.stage, following.microbatch) == (action.stage, action.microbatch)
+    )
