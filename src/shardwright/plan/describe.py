@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shardwright.plan.host import most_host_memory
-from shardwright.plan.pipeline import timeline_of
+from shardwright.plan.pipeline import totals_of
 from shardwright.plan.plan import Plan
 from shardwright.plan.stages import MOST_STAGES_SHOWN
 from shardwright.units import format_bytes, format_count
@@ -42,6 +42,8 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
     ]
     if plan.spec.memory.offload != "none":
         lines.insert(5, ("offload", offload(plan)))
+    if plan.spec.memory.recompute != "none":
+        lines.insert(5, ("recompute", recompute(plan)))
     if plan.topology.pp > 1:
         lines.insert(2, ("pipeline", pipeline(plan)))
     lines += [("decided", decision) for decision in plan.decisions]
@@ -60,10 +62,20 @@ def offload(plan: Plan) -> str:
     most 12.5 MiB for a rank"."""
     form = plan.spec.memory.offload
     what = {"state": "streams through the device to be updated", "update": "is updated there"}[form]
+    accounted = "; on a CPU both are one memory, accounted apart" if plan.device == "cpu" else ""
     return (
         f"{form}: optimizer state lives on the host and {what}; at most "
-        f"{format_bytes(most_host_memory(plan))} for a rank"
+        f"{format_bytes(most_host_memory(plan))} for a rank{accounted}"
     )
+
+
+def recompute(plan: Plan) -> str:
+    """What is computed again, in words: "full, in 12 of 24 layers: a layer keeps its input alone"."""
+    memory, layers = plan.spec.memory, plan.architecture.layers
+    chosen = layers if isinstance(memory.recompute_layers, str) else len(memory.recompute_layers)
+    keeps = {"full": "its input alone", "selective": "what its products and its attention give"}[memory.recompute]
+    which = "in every layer" if chosen == layers else f"in {chosen} of {layers} layers"
+    return f"{memory.recompute}, {which}: a layer keeps {keeps}"
 
 
 def pipeline(plan: Plan) -> str:
@@ -73,7 +85,7 @@ def pipeline(plan: Plan) -> str:
     summed_up = count > MOST_STAGES_SHOWN or (count > _FEW_STAGES and len(set(plan.layers_per_stage)) == 1)
     layers = _between(plan.layers_per_stage) if summed_up else " + ".join(map(str, plan.layers_per_stage))
     plural = "" if layers == "1" else "s"
-    bubble = f"bubble {timeline_of(plan).bubble:.0%} estimated".replace("%", " %")
+    bubble = f"bubble {totals_of(plan).bubble:.0%} estimated".replace("%", " %")
     return (
         f"{plan.spec.parallel.pipeline_schedule} over {over} of {layers} layer{plural}, {_microbatches(plan)}: {bubble}"
     )

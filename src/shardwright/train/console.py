@@ -17,6 +17,7 @@ from shardwright.train.loop import Outcome
 from shardwright.units import format_bytes, format_seconds
 
 _LINES_WITHOUT_TERMINAL = 10
+_MOST_RANKS = 4
 
 
 def make_console() -> Console:
@@ -104,12 +105,18 @@ def print_summary(
 
 def _memory_table(memory: Sequence[tuple[MemoryRecord, MemoryRecord]]) -> Table:
     """Estimated and measured bytes per category, the worst rank first."""
+    on_host = any(measured.host for _, measured in memory)
     table = Table(box=None, padding=(0, 1), pad_edge=False, title_justify="left")
-    table.title = "training state between microbatches"
-    for heading in ("rank", "", "parameters", "gradients", "optimizer", "transfers", "total", "padding"):
+    table.title = "memory of the first step: what rests between microbatches, and the most at one moment"
+    headings = ["parameters", "gradients", "optimizer", "buffers", "activations", "peak", *["host"] * on_host]
+    for heading in ("rank", "", *headings):
         table.add_column(heading, justify="left" if heading in ("rank", "") else "right", no_wrap=True)
-    for estimated, measured in sorted(memory, key=lambda pair: -pair[1].total)[:4]:
+    ordered = sorted(memory, key=lambda pair: -pair[1].peak)
+    for estimated, measured in ordered[:_MOST_RANKS]:
         for record in (estimated, measured):
-            columns = (record.parameters, record.gradients, record.optimizer, record.communication, record.total)
-            table.add_row(str(record.rank), record.origin, *map(format_bytes, columns), format_bytes(record.padding))
+            resting = (record.parameters, record.gradients, record.optimizer, record.communication + record.offload)
+            columns = [*resting, record.activations, record.peak, *[record.host] * on_host]
+            table.add_row(str(record.rank), record.origin, *map(format_bytes, columns))
+    if len(ordered) > _MOST_RANKS:
+        table.caption = f"the {_MOST_RANKS} fullest of {len(ordered)} ranks; ranks/ has all"
     return table
