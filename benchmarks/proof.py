@@ -2,6 +2,7 @@
 
     python -m benchmarks.proof tensor [--record]
     python -m benchmarks.proof pipeline [--record]
+    python -m benchmarks.proof memory [--record]
 
 Every layout is compared with one device as `shardwright verify` does it: loss, gradients and parameters of 3 steps of
 clipped AdamW in fp64, with unequal numbers of target tokens. The exit code is 1 if any of them differs.
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from shardwright.verify.proof import Proof, prove
 from shardwright.verify.trace import read_traces
 
 STEPS = 3
+MEMORY = ("offload", "offload_chunk", "recompute", "recompute_layers")
 
 # Sizes that divide by nothing: a vocabulary of 509 words, 27 features, sequences of 13 tokens.
 LLAMA = {"layers": 2, "hidden": 24, "head_dim": 4, "ffn": 27, "vocab": 509}
@@ -50,6 +52,7 @@ class Layout:
     model: dict[str, Any]
     train: dict[str, Any]
     parallel: dict[str, Any]
+    memory: dict[str, Any] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
@@ -67,7 +70,7 @@ class Layout:
             "warmup_steps": 0,
             **self.train,
         }
-        spec = build({"model": self.model, "train": train, "parallel": self.parallel})
+        spec = build({"model": self.model, "train": train, "parallel": self.parallel, "memory": self.memory})
         return resolve(spec, world_size=self.world_size, device=device, native_bf16=False, tokenizer_vocab=None)
 
 
@@ -127,7 +130,24 @@ def drawn_layout(draw: random.Random, dp: int, tp: int, pp: int, zero: int) -> L
     return Layout(family, model, {"global_batch_size": dp * draw.randint(1, 9)}, parallel)
 
 
-MATRICES: dict[str, Callable[[], Iterator[Layout]]] = {"tensor": tensor, "pipeline": pipeline}
+def memory() -> Iterator[Layout]:
+    """Offload and recomputation on 2 x 2 x 2: each form and each setting with each ZeRO stage, then both together."""
+    draw = random.Random(5)
+    settings = [{"offload": form} for form in ("state", "update")]
+    settings += [{"recompute": setting} for setting in ("none", "selective", "full")]
+    settings += [{"offload": o, "recompute": r} for o in ("state", "update") for r in ("selective", "full")]
+    for setting, zero in itertools.product(settings, range(4)):
+        layout = drawn_layout(draw, 2, 2, 2, zero=zero)
+        own = dict(setting)
+        if "offload" in own:
+            own["offload_chunk"] = draw.choice(("64 MiB", "16 KiB"))
+        if own.get("recompute", "none") != "none" and draw.random() < 0.3:
+            layers = range(layout.model["layers"])
+            own["recompute_layers"] = sorted(draw.sample(layers, draw.randint(1, len(layers) - 1)))
+        yield replace(layout, memory=own, parallel=layout.parallel | {"dp_shard": draw.choice((1, 2, 2))})
+
+
+MATRICES: dict[str, Callable[[], Iterator[Layout]]] = {"tensor": tensor, "pipeline": pipeline, "memory": memory}
 
 
 def prove_all(layouts: list[Layout], device: Device = "cpu") -> list[Proof]:
@@ -153,6 +173,7 @@ def _row(layout: Layout, proof: Proof) -> dict[str, Any]:
         "family": layout.family,
         **{name: layout.model.get(name) for name in ("heads", "kv_heads", "tied_embeddings")},
         **layout.parallel,
+        **({name: layout.memory.get(name, "") for name in MEMORY} if layout.memory else {}),
         **({"stages": list(proof.plan.layers_per_stage)} if "pp" in layout.parallel else {}),
         "microbatches": proof.plan.num_microbatches,
         "passed": proof.passed,

@@ -5,18 +5,39 @@ from __future__ import annotations
 from functools import cache, partial
 
 import torch
+from torch import nn
 
 from benchmarks.gpu.race import Contender, Race, Training, table
 from benchmarks.gpu.record import Section, rows_of
 from benchmarks.gpu.scale import Engine, Scale, samples_of
 from benchmarks.peers.plain import Trainer
 from shardwright.data.batch import Batch
-from shardwright.parallel.compiled import CompiledLayers
+from shardwright.nn.kernels import Kernels
+from shardwright.parallel.compiled import compile_kernels
 from shardwright.train.batches import global_positions
 from shardwright.train.step import to_device
 
 TOLERANCE = 2e-3
 """By which two bf16 forwards of the same values may differ in their mean loss."""
+
+
+class _Switch:
+    """A composed model's kernels, eager or as `run.compile` makes them; both forms share the state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        eager = _kernels(model)
+        compile_kernels(model)
+        self._forms = {False: eager, True: _kernels(model)}
+
+    def switch(self, compiled: bool) -> None:
+        """Let every module use the one or the other."""
+        for module, kernels in self._forms[compiled]:
+            module.kernels = kernels  # type: ignore[assignment]
+
+
+def _kernels(model: nn.Module) -> list[tuple[nn.Module, Kernels]]:
+    held = [(module, getattr(module, "kernels", None)) for module in model.modules()]
+    return [(module, kernels) for module, kernels in held if isinstance(kernels, Kernels)]
 
 
 class Contenders:
@@ -29,7 +50,7 @@ class Contenders:
         self.scale, self.plan = scale, scale.plan()
         self.samples, self.losses = samples_of(self.plan), dict[str, float]()
         self.engine, self.trainer = cache(self._engine), cache(self._trainer)
-        self.layers = cache(lambda: CompiledLayers(self.engine().runtime.model))
+        self.kernels = cache(lambda: _Switch(self.engine().runtime.model))
 
     def all(self) -> list[Contender]:
         """Peers first."""
@@ -39,9 +60,7 @@ class Contenders:
             Contender("plain, layers compiled", partial(self._plain, "by_layer"), "plain, eager", "plain, eager"),
             Contender("plain, whole compiled", partial(self._plain, "whole"), "plain, eager", "plain, eager"),
             Contender("shardwright, eager", partial(self._ours, False), "plain, eager"),
-            Contender(
-                "shardwright, compiled between products", compiled, "plain, layers compiled", "shardwright, eager"
-            ),
+            Contender("shardwright, compiled", compiled, "plain, layers compiled", "shardwright, eager"),
         ]
 
     def _first(self) -> Batch:
@@ -64,10 +83,10 @@ class Contenders:
         return Training(lambda index: trainer.step(self.samples.at(global_positions(self.plan, index)), forward))
 
     def _ours(self, compiled: bool) -> Training:
-        engine, layers = self.engine(), self.layers()
+        engine, kernels = self.engine(), self.kernels()
 
         def step(index: int) -> float:
-            layers.switch(compiled)
+            kernels.switch(compiled)
             return engine.step(index)
 
         return Training(step)

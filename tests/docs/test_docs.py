@@ -32,7 +32,8 @@ def test_files_that_are_named_exist(page: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_recipes_resolve(recipe: Path) -> None:
     spec = load(recipe)
-    resolve(spec, world_size=None, device="cpu", native_bf16=True, tokenizer_vocab=spec.data.expected_vocab)
+    device = "cpu" if spec.run.device == "auto" else spec.run.device
+    resolve(spec, world_size=None, device=device, native_bf16=True, tokenizer_vocab=spec.data.expected_vocab)
 
 
 def test_commands_in_the_readme_exist() -> None:

@@ -11,7 +11,6 @@ from shardwright.comm.job import Job
 from shardwright.comm.launch import launch
 from shardwright.comm.mesh import Mesh
 from shardwright.optim.optimizers import make_optimizer
-from shardwright.parallel.compiled import CompiledLayers
 from shardwright.parallel.compose import compose
 from shardwright.plan.plan import Plan
 from shardwright.plan.resolve import resolve
@@ -52,6 +51,7 @@ LAYOUTS = [
     "parallel.dp=2 parallel.tp=2 parallel.zero=3",
     "parallel.dp=1 parallel.tp=2 parallel.pp=2 parallel.pipeline_schedule=zb-h1",
     "parallel.dp=2 parallel.tp=2 parallel.pp=2 parallel.zero=3",
+    "parallel.dp=2 parallel.tp=2 parallel.zero=3 memory.recompute=selective run.compile=true",
 ]
 
 
@@ -71,20 +71,18 @@ def test_verbs_on_tensors_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert all(found.values()), found
 
 
-def plan_of(dtype: str) -> Plan:
-    train = {"sequence_length": 32, "global_batch_size": 4, "micro_batch_size": 2, "dtype": dtype}
-    spec = build({"model": MODEL, "train": train})
+def plan_of(**run: bool) -> Plan:
+    train = {"sequence_length": 32, "global_batch_size": 4, "micro_batch_size": 2, "dtype": "fp32"}
+    spec = build({"model": MODEL, "train": train, "run": run})
     return resolve(spec, world_size=1, device="cuda", native_bf16=True, tokenizer_vocab=None)
 
 
-def losses(plan: Plan, *, compiled: bool) -> list[float]:
+def losses(plan: Plan) -> list[float]:
     runtime = compose(plan, Mesh(plan.topology, torch.device("cuda", 0), rank=0))
-    CompiledLayers(runtime.model).switch(compiled)
     optimizer = make_optimizer(plan.spec.train, runtime.states.owned_tensors())
     batches = [rank_batch(runtime, samples_for(plan), step) for step in range(3)]
     return [train_step(runtime, optimizer, batch, 1e-3).loss for batch in batches]
 
 
-def test_compiled_layers_compute_what_eager_ones_do() -> None:
-    plan = plan_of("fp32")
-    assert losses(plan, compiled=True) == pytest.approx(losses(plan, compiled=False), rel=1e-5)
+def test_compiled_kernels_compute_what_eager_ones_do() -> None:
+    assert losses(plan_of(compile=True)) == pytest.approx(losses(plan_of()), rel=1e-5)

@@ -75,7 +75,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., str]:
 def test_a_pipeline(recipe: str, planned) -> None:
     lines = [line.rstrip() for line in planned(recipe, "parallel.pp=2").splitlines()]
     assert "pipeline   1f1b over 2 stages of 5 + 3 layers, 8 microbatches: bubble 12 % estimated" in lines
-    assert lines[-18:] == [
+    assert lines[lines.index("stages") :] == [
         "stages",
         "stage  rank  layers  with       share of cost  parameters",
         "    0     0     0-4  embedding         51.2 %      14.7 M",
@@ -88,17 +88,68 @@ def test_a_pipeline(recipe: str, planned) -> None:
         "F forward   B backward   · idle",
         "",
         "ranks of the pipeline in a step, by estimated costs",
-        "rank  stages  computes  live microbatches  training state",
-        "   0       0      90 %                  2         224 MiB",
-        "   1       1      86 %                  1         160 MiB",
+        "rank  stages  computes  live microbatches",
+        "   0       0      90 %                  2",
+        "   1       1      86 %                  1",
         "",
         "bubble  12 % by the estimated cost of each stage",
         "        11 % if F, I and W took one unit of time on every stage",
+        "",
+        "memory of the fullest rank at each place of the pipeline, estimated",
+        "pipeline rank  rank  parameters  gradients  optimizer  buffers  activations     peak",
+        "            0     0    55.9 MiB   55.9 MiB    112 MiB      0 B      128 MiB  352 MiB",
+        "            1     1      40 MiB     40 MiB   79.9 MiB      0 B     66.1 MiB  226 MiB",
+        "",
+        "fullest  rank 0, of pipeline rank 0: 352 MiB at its peak",
+        "",
+        "sent in a step by the rank that sends most for it, estimated",
+        "for       axis   rank  calls  bytes",
+        "pipeline  pp        0      8  8 MiB",
+        "other     world     0      1   24 B",
     ]
 
 
 def test_no_pipeline(recipe: str, planned) -> None:
-    assert planned(recipe).endswith("No pipeline: parallel.pp = 1, so every rank has all layers.\n")
+    printed = planned(recipe)
+    assert "parallel.pp = 1: one stage, all 8 layers; no rank waits for another stage.\n" in printed
+    assert "\nmemory of the fullest rank, estimated\nrank  parameters" in printed
+    assert printed.endswith("Nothing is sent: there is one rank.\n")
+    assert "the only layer" in planned(recipe, "model.layers=1")
+
+
+def test_flops(recipe: str, planned) -> None:
+    assert "flops      151 MFLOP a token: 618 GFLOP a step, 618 GFLOP on each device" in planned(recipe)
+    assert "a token, " in planned(recipe, "memory.recompute=full")
+
+
+def test_hardware(recipe: str, planned) -> None:
+    printed = planned(recipe, "parallel.dp=8", "parallel.tp=2", "--hardware", "a100-80gb")
+    assert "on cuda" in printed and "precision  bf16, gradients fp32" in printed
+    assert "hardware   A100-80GB: 80 GB, 79.2 GiB usable; 312 TFLOP/s, 2.04 TB/s; 8 in a node" in printed
+    assert "warning    parallel.dp_shard = 8: groups cross nodes of 8 ranks, where communication is slower" in printed
+    (fits,) = [line for line in printed.splitlines() if line.startswith("A100-80GB  fits: ")]
+    assert fits.endswith(" left)") and " of 79.2 GiB usable (" in fits
+    assert "crosses nodes" in printed
+    larger = planned(recipe, "parallel.dp=8", "parallel.tp=2", "--hardware", "A100-80GB", "--ranks-per-node", "16")
+    assert "warning" not in larger
+    assert "does not compute bf16" in planned(recipe, "train.dtype=bf16", "--hardware", "V100-16GB")
+
+
+def test_what_does_not_fit_comes_with_changes(recipe: str, planned) -> None:
+    large = ("model.layers=400", "parallel.dp=8", "parallel.zero=0", "train.micro_batch_size=1")
+    printed = planned(recipe, *large, "--hardware", "V100-16GB", "train.sequence_length=1024")
+    assert "V100-16GB  does not fit: needs " in printed
+    assert "         fits with memory.recompute=full: 13.4 GiB" in printed
+    small = planned(recipe, "model.layers=40000", "--hardware", "L4")
+    assert "no change of one or two fields fits" in small
+
+
+def test_an_unknown_device(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["shardwright", "plan", recipe, "--hardware", "h100"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    assert "did you mean H100-SXM, H100-PCIe or H100-NVL?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -122,8 +173,17 @@ def test_json_is_one_document(recipe: str, planned) -> None:
     idle = sum(1 - rank["busy"] for rank in document["ranks"]) / 2
     assert document["bubble"] == pytest.approx(idle)
     assert 0 < document["bubble_of_equal_stages"] < document["bubble"]
+    records = document["memory"]["by_pipeline_rank"]
+    assert document["memory"]["fullest_rank"] == max(records, key=lambda record: record["peak"])["rank"]
+    assert (document["hardware"], document["fit"]) == (None, None)
+    assert {share["group"] for share in document["communication"]} == {"pipeline", "other"}
+    assert document["flops"]["tokens"] == 8 * 512
     alone = json.loads(planned(recipe, "--json"))
     assert (len(alone["stages"]), alone["bubble"]) == (1, 0)
+    on_gpu = json.loads(planned(recipe, "--json", "--hardware", "l4"))
+    assert on_gpu["hardware"]["name"] == "L4" and on_gpu["fit"]["fits"] and on_gpu["fit"]["changes"] == []
+    too_large = json.loads(planned(recipe, "--json", "--hardware", "l4", "model.layers=2000", "parallel.dp=8"))
+    assert too_large["fit"]["changes"][0].keys() == {"fields", "peak"}
 
 
 def test_worlds(recipe: str, planned, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ from itertools import product
 
 import pytest
 
-from shardwright.cost.activations import EmbeddingTape, HeadTape, LayerTape, Shapes
+from shardwright.cost.activations import EmbeddingTape, HeadTape, LayerTape
+from shardwright.cost.shapes import Shapes
 from shardwright.cost.tape import Tape
 from shardwright.spec.architecture import resolve_architecture
 from shardwright.spec.model import ModelSpec

@@ -10,7 +10,7 @@ import pytest
 
 from shardwright.plan.describe import describe
 from shardwright.plan.memory import estimated_memory, parameters_of_rank, parameters_of_stage
-from shardwright.plan.pipeline import placement_of, schedule_of, stage_costs, timeline_in_units, timeline_of
+from shardwright.plan.pipeline import bubble_in_units, placement_of, schedule_of, stage_costs, totals_of
 from shardwright.plan.plan import Plan
 from shardwright.plan.resolve import resolve
 from shardwright.schedule.action import Kind
@@ -42,7 +42,7 @@ def test_schedule_has_transfers_and_is_made_once(name: str) -> None:
 def test_one_stage_is_a_schedule_too() -> None:
     schedule = schedule_of(plan())
     assert {action.kind for actions in schedule.actions for action in actions} == {Kind.FORWARD, Kind.BACKWARD}
-    assert timeline_of(plan()).bubble == 0
+    assert totals_of(plan()).bubble == 0
 
 
 def test_costs_scale_with_the_microbatch() -> None:
@@ -51,11 +51,11 @@ def test_costs_scale_with_the_microbatch() -> None:
 
 
 def test_balanced_stages_come_close_to_equal_ones() -> None:
-    equal = timeline_in_units(plan(pp=2)).bubble
+    equal = bubble_in_units(plan(pp=2))
     assert equal == pytest.approx(1 / 9)
-    bubble = timeline_of(plan(pp=2)).bubble
+    bubble = totals_of(plan(pp=2)).bubble
     assert equal < bubble < equal + 0.03
-    assert bubble < timeline_of(plan(pp=2, stages=[4, 4])).bubble
+    assert bubble < totals_of(plan(pp=2, stages=[4, 4])).bubble
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -46,3 +46,10 @@ def test_cells_carry_kinds_and_fill_their_rows() -> None:
 def test_a_timeline_is_drawn_in_units_of_time() -> None:
     timeline = simulate(build("1f1b", 1, 1, 1), [StageCost(2.0, 1.0, 3.0)])
     assert draw(timeline, unit=2.0) == ["time    0", "rank 0  F0 B0───", "F forward   B backward   · idle"]
+
+
+def test_of_a_long_timeline_the_beginning_is_enough() -> None:
+    schedule = build("1f1b", 4, 1, 9)
+    whole = grid(schedule, width=50)
+    beginning = grid(simulate(schedule, until=50 / 3), width=50, makespan=simulate(schedule).makespan)
+    assert beginning.lines() == whole.lines()

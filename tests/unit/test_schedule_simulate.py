@@ -8,9 +8,9 @@ import pytest
 
 from shardwright.schedule.action import Action, Kind, StageCost
 from shardwright.schedule.bounds import lower_bound
-from shardwright.schedule.build import build, forward_only
+from shardwright.schedule.build import REQUIRED_VIRTUAL_STAGES, build, forward_only
 from shardwright.schedule.errors import ScheduleError
-from shardwright.schedule.simulate import simulate
+from shardwright.schedule.simulate import simulate, simulated_totals
 from shardwright.schedule.transfers import with_transfers
 
 
@@ -77,3 +77,16 @@ def test_stages_of_one_rank_exchange_no_messages() -> None:
     turn = {Action(Kind.SEND_OUTPUT, 1, 0), Action(Kind.SEND_GRADIENT, 2, 0)}
     assert not turn & set(moving.actions[1])
     assert with_transfers(build("interleaved", 1, 3, 4)) == build("interleaved", 1, 3, 4)
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved", "zb-h1", "zbv"])
+def test_totals_and_the_beginning_are_those_of_the_timeline(name: str) -> None:
+    schedule = build(name, 3, REQUIRED_VIRTUAL_STAGES[name] or 2, 7)
+    costs = [StageCost(1.0 + 0.1 * stage, 2.0, 0.5) for stage in range(schedule.num_stages)]
+    whole, totals = simulate(schedule, costs, transfer=0.25), simulated_totals(schedule, costs, transfer=0.25)
+    assert totals.begins == tuple(spans[0].begin for spans in whole.spans)
+    assert totals.ends == tuple(spans[-1].end for spans in whole.spans)
+    assert totals.busy == pytest.approx(whole.busy)
+    assert (totals.makespan, totals.bubble) == (whole.makespan, pytest.approx(whole.bubble))
+    beginning = simulate(schedule, costs, transfer=0.25, until=9.0)
+    assert beginning.spans == tuple(tuple(s for s in spans if s.begin < 9.0) for spans in whole.spans)

@@ -48,6 +48,11 @@ class _Pending:
             self._finish()
         self._works, self._finish = [], None
 
+    def __del__(self) -> None:
+        # Dropped while under way, a receive would be withdrawn, and its message taken by the next one of the group.
+        if self._works and dist.is_initialized():
+            self.wait()
+
 
 class Staged:
     """A transfer between host copies. `wait` brings what has arrived back to (tensor, host) pairs, on the current

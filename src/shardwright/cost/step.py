@@ -9,7 +9,7 @@ last into the next action. The replay does in the same order what parallel/zero/
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from shardwright.cost.activations import EmbeddingTape, HeadTape, LayerTape
@@ -77,6 +77,11 @@ class _Unit:
     length: int
 
 
+_Step = tuple[Kind, int, bool]
+"""An action without its microbatch: its kind, its stage, and a flag: of a forward, whether its own backward is next, so
+that what it has made whole stays so; of a B or W, whether it is its stage's last."""
+
+
 @dataclass(frozen=True)
 class _Done:
     """What an action does to a tape, relative to its begin."""
@@ -95,46 +100,61 @@ class Replay:
     stages: dict[int, StageTape]
     zero: Zero
     tape: Tape = field(default_factory=Tape)
-    _done: dict[tuple[Kind, int, bool, tuple[_Unit, ...]], _Done] = field(default_factory=dict)
+    _done: dict[tuple[_Step, tuple[_Unit, ...]], _Done] = field(default_factory=dict)
     _in_flight: list[_Unit] = field(default_factory=list)
     _sends: dict[tuple[Kind, int], deque[int]] = field(default_factory=dict)
 
-    def run(self, actions: Sequence[Action], num_microbatches: int) -> Tape:
+    def run(self, actions: Sequence[Action]) -> Tape:
         """All actions of a step."""
         held = sum(length for stage in self.stages.values() for block in stage.blocks for length in block.units)
         if not self.zero.per_microbatch:
             self.tape.open(self.zero.whole(held) + self.zero.gradient(held))
-        left = {stage: num_microbatches for stage in self.stages}
-        for index, action in enumerate(actions):
-            if not action.kind.computes:
-                self._transfer(action)
+        steps = _steps(actions)
+        index, seen = 0, {}
+        while index < len(steps):
+            ahead = self._repeated(steps, index, seen)
+            if ahead:
+                index += ahead
                 continue
-            ends = action.kind in (Kind.BACKWARD, Kind.WEIGHT)
-            stays = action.kind is Kind.FORWARD and _follows_itself(actions, index)
-            self._perform(action, ends and left[action.stage] == 1, stays)
-            if ends:
-                left[action.stage] -= 1
+            self._perform(steps[index])
+            index += 1
         while self._in_flight:
             self._finish(self.tape, self._in_flight.pop(0), last=True)
         return self.tape
 
-    def _transfer(self, action: Action) -> None:
+    def _repeated(self, steps: Sequence[_Step], index: int, seen: dict[Hashable, int]) -> int:
+        """How many steps repeat what was done since the last moment at which as much lived: they change no peak."""
+        sends = tuple((key, tuple(sizes)) for key, sizes in self._sends.items())
+        state = (steps[index], self.tape.activations, self.tape.transfers, tuple(self._in_flight), sends)
+        before = seen.get(state)
+        seen[state] = index
+        if before is None:
+            return 0
+        period, end = index - before, index
+        while end < len(steps) and steps[end] == steps[end - period]:
+            end += 1
+        return (end - index) // period * period
+
+    def _transfer(self, step: _Step) -> None:
         """A receive takes memory when it is posted. A send keeps it until the second one after it is due."""
-        size = self.stages[action.stage].boundary
-        if action.kind in (Kind.RECEIVE_INPUT, Kind.RECEIVE_GRADIENT):
+        kind, stage, _ = step
+        size = self.stages[stage].boundary
+        if kind.receives:
             self.tape.take(size)
             return
-        under_way = self._sends.setdefault((action.kind, action.stage), deque())
+        under_way = self._sends.setdefault((kind, stage), deque())
         if len(under_way) >= _SENDS_UNDER_WAY:
             self.tape.drop(under_way.popleft())
         under_way.append(size)
 
-    def _perform(self, action: Action, last: bool, stays: bool) -> None:
+    def _perform(self, step: _Step) -> None:
         """Add what an action does; alike ones are worked out once."""
-        flag = last if action.kind is not Kind.FORWARD else stays
-        key = (action.kind, action.stage, flag, tuple(self._in_flight))
+        if not step[0].computes:
+            self._transfer(step)
+            return
+        key = (step, tuple(self._in_flight))
         if key not in self._done:
-            self._done[key] = self._worked_out(action, last, stays)
+            self._done[key] = self._worked_out(step)
         done, t = self._done[key], self.tape
         t.peak_activations = max(t.peak_activations, t.activations + done.peak_activations)
         t.peak = max(t.peak, t.activations + t.transfers + done.peak)
@@ -142,14 +162,14 @@ class Replay:
         t.transfers += done.transfers
         self._in_flight = list(done.in_flight)
 
-    def _worked_out(self, action: Action, last: bool, stays: bool) -> _Done:
-        t, number = Tape(), action.stage
-        if action.kind is Kind.FORWARD:
-            self._forward(t, self.stages[number], stays)
-        elif action.kind is Kind.WEIGHT:
-            self._weight(t, number, last)
+    def _worked_out(self, step: _Step) -> _Done:
+        t, (kind, number, flag) = Tape(), step
+        if kind is Kind.FORWARD:
+            self._forward(t, self.stages[number], stays=flag)
+        elif kind is Kind.WEIGHT:
+            self._weight(t, number, last=flag)
         else:
-            self._backward(t, number, last, defers=action.kind is Kind.INPUT)
+            self._backward(t, number, last=flag, defers=kind is Kind.INPUT)
         return _Done(t.activations, t.transfers, t.peak_activations, t.peak, tuple(self._in_flight))
 
     def _whole(self, stage: StageTape, index: int) -> int:
@@ -229,12 +249,30 @@ class Replay:
             t.open(zero.summed(length))
 
 
-def _follows_itself(actions: Sequence[Action], index: int) -> bool:
-    """Whether a forward's own backward is the next action that computes."""
-    action = actions[index]
-    following = next((a for a in actions[index + 1 :] if a.kind.computes), None)
+def _steps(actions: Sequence[Action]) -> list[_Step]:
+    """The actions as far as they differ in what they hold."""
+    steps: list[_Step] = []
+    ended: set[int] = set()
+    following: Action | None = None  # of those that compute
+    for action in reversed(actions):
+        kind, stage, flag = action.kind, action.stage, False
+        if kind is Kind.FORWARD:
+            flag = following is not None and _is_own_backward(following, action)
+            following = action
+        elif kind is Kind.INPUT:
+            following = action
+        elif kind is Kind.BACKWARD or kind is Kind.WEIGHT:
+            flag = stage not in ended
+            ended.add(stage)
+            following = action
+        steps.append((kind, stage, flag))
+    steps.reverse()
+    return steps
+
+
+def _is_own_backward(following: Action, forward: Action) -> bool:
     return (
-        following is not None
+        following.microbatch == forward.microbatch
+        and following.stage == forward.stage
         and following.kind in (Kind.BACKWARD, Kind.INPUT)
-        and (following.stage, following.microbatch) == (action.stage, action.microbatch)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from shardwright.layout.flat import ALIGNMENT
 from shardwright.layout.split import even_split, kv_heads_for
@@ -12,7 +13,28 @@ from shardwright.spec.architecture import Architecture
 def padded(numels: Sequence[int], divisor: int) -> int:
     """Elements of a unit's buffer that `divisor` ranks share; see layout/flat.py."""
     block = ALIGNMENT * divisor
-    return -(-sum(-(-numel // ALIGNMENT) * ALIGNMENT for numel in numels) // block) * block
+    return -(-sum(map(_aligned, numels)) // block) * block
+
+
+def _aligned(numel: int) -> int:
+    return -(-numel // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class UnitSize:
+    """Elements of a unit's buffer. `length`: all of it, padding included. `partial`: of the range whose gradients are
+    sums of parts along the `tp` axis. `has_twin`: another rank of the pipeline has the same parameter."""
+
+    length: int
+    partial: int = 0
+    has_twin: bool = False
+
+    @staticmethod
+    def of(numels: Sequence[int], divisor: int, partial: Sequence[int] = (), *, has_twin: bool = False) -> UnitSize:
+        """The unit of parameters of so many elements, those of `partial` among them in the buffer's order."""
+        # From the first one's beginning to the last one's end, the gaps between them included.
+        reach = sum(map(_aligned, partial[:-1])) + partial[-1] if partial else 0
+        return UnitSize(padded(numels, divisor), reach, has_twin)
 
 
 def word_parameters(a: Architecture, tp: int, index: int) -> int:
@@ -44,3 +66,16 @@ def layer_parameters(a: Architecture, tp: int, index: int) -> list[int]:
     attention += [d, d] if a.qk_norm else []
     feed_forward = [a.hidden * up, a.hidden * ffn] + ([up, a.hidden] if a.bias else [])
     return [*norm_parameters(a), *attention, *norm_parameters(a), *feed_forward]
+
+
+def layer_partials(a: Architecture, shards_positions: bool) -> list[int]:
+    """Elements of a layer's tensors that every rank of `tp` has and whose gradients are parts of a sum, in order.
+
+    The norms of heads see a rank's heads alone; the others see all of a token, and where positions are sharded not all
+    tokens.
+    """
+    per_head = [a.head_dim, a.head_dim] if a.qk_norm else []
+    if not shards_positions:
+        return per_head
+    bias = [a.hidden] if a.bias else []
+    return [*norm_parameters(a), *per_head, *bias, *norm_parameters(a), *bias]

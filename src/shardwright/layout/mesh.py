@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 
 AXES = ("replicate", "pp", "shard", "tp")
@@ -54,14 +53,18 @@ class Topology:
         """The product of the degrees of the named axes."""
         return math.prod(getattr(self, axis) for axis in axes)
 
-    @cached_property
-    def _coordinates(self) -> tuple[Coordinate, ...]:
-        positions = product(*(range(getattr(self, axis)) for axis in self.order))
-        return tuple(Coordinate(**dict(zip(self.order, position, strict=True))) for position in positions)
-
     def coordinate(self, rank: int) -> Coordinate:
-        """The position of a rank along each axis."""
-        return self._coordinates[rank]
+        """The position of a rank along each axis. Raises IndexError for a rank that is not in the mesh."""
+        if not 0 <= rank < self.world_size:
+            raise IndexError(f"rank {rank} of a mesh of {self.world_size}")
+        position = {}
+        for axis in reversed(self.order):
+            rank, position[axis] = divmod(rank, getattr(self, axis))
+        return Coordinate(**position)
+
+    def stride(self, axis: str) -> int:
+        """How far apart two ranks are that are neighbours along an axis."""
+        return self.degree(*self.order[self.order.index(axis) + 1 :])
 
     def rank(self, coordinate: Coordinate) -> int:
         """The rank at a coordinate."""

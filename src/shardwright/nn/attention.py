@@ -7,11 +7,14 @@ consecutive positions of all sequences are one contiguous range.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardwright.nn.kernels import Kernels
 from shardwright.nn.linear import Linear
 from shardwright.nn.norm import RMSNorm
 from shardwright.nn.parameters import Declaration, Part
@@ -33,6 +36,33 @@ def rotary_frequencies(architecture: Architecture) -> Tensor:
     return frequencies * (smooth + (1 - smooth) / scaling.factor)
 
 
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> Tensor:
+    low, high = x.view(*x.shape[:2], -1, head_dim)[:, :, :heads].chunk(2, dim=-1)
+    from_low = low * sin
+    low.mul_(cos).addcmul_(high, sin, value=-1)
+    high.mul_(cos).add_(from_low)
+    return x
+
+
+def _rotate_formula(x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> Tensor:
+    halves = x.view(*x.shape[:2], -1, 2, head_dim // 2)
+    signed_sin = torch.stack((-sin, sin), dim=3)
+    turned = halves * cos.unsqueeze(3) + halves.flip(3) * signed_sin
+    turns = torch.arange(halves.shape[2], device=x.device)[:, None, None] < heads
+    return torch.where(turns, turned, halves).view(x.shape)
+
+
+@dataclass(frozen=True)
+class RotaryKernels(Kernels):
+    """(x, cosine, sine, heads, size of a head) to x with its first heads rotated, as written in the memory of x."""
+
+    rotate: Callable[[Tensor, Tensor, Tensor, int, int], Tensor] = _rotate
+
+    def formulas(self) -> RotaryKernels:
+        """See `Kernels`."""
+        return RotaryKernels(_rotate_formula)
+
+
 class Rotary(nn.Module):
     """Rotates pairs (i, i + D/2) of each head by an angle proportional to the position (Su et al. 2021)."""
 
@@ -41,6 +71,7 @@ class Rotary(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
+        self.kernels = RotaryKernels()
         self._tables: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def tables(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,33 +84,31 @@ class Rotary(nn.Module):
         return self._tables[key]
 
     def forward(self, x: Tensor, heads: int, head_dim: int) -> Tensor:
-        """Rotate the first `heads` heads of [T, B, features] or [T, B, H, D] at positions 0..T-1, in place."""
-        return _Rotated.apply(x, *self.tables(len(x), x), heads, head_dim)  # type: ignore[return-value]
+        """Rotate the first `heads` heads of [T, B, features] or [T, B, H, D] at positions 0..T-1.
+
+        As written that is done in place: x is used up.
+        """
+        return _Rotated.apply(x, *self.tables(len(x), x), heads, head_dim, self.kernels)  # type: ignore[return-value]
 
 
 class _Rotated(torch.autograd.Function):
-    """In place forward and backward: a rotation needs nothing of its input, and is undone by the opposite angle."""
+    """A rotation needs nothing of its input, and is undone by the opposite angle."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> Tensor:  # type: ignore[override]
-        ctx.cos, ctx.sin, ctx.heads, ctx.head_dim = cos, sin, heads, head_dim
-        ctx.mark_dirty(x)
-        _rotate(x, cos, sin, heads, head_dim)
-        return x
+    def forward(  # type: ignore[override]
+        ctx, x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, kernels: RotaryKernels
+    ) -> Tensor:
+        ctx.cos, ctx.sin, ctx.heads, ctx.head_dim, ctx.kernels = cos, sin, heads, head_dim, kernels
+        rotated = kernels.rotate(x, cos, sin, heads, head_dim)
+        if rotated is x:
+            ctx.mark_dirty(x)
+        return rotated
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         # The gradient of a view's parts was just put together, and is nobody else's.
-        grad = grad.contiguous()
-        _rotate(grad, ctx.cos, -ctx.sin, ctx.heads, ctx.head_dim)
-        return grad, None, None, None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> None:
-    low, high = x.view(*x.shape[:2], -1, head_dim)[:, :, :heads].chunk(2, dim=-1)
-    from_low = low * sin
-    low.mul_(cos).addcmul_(high, sin, value=-1)
-    high.mul_(cos).add_(from_low)
+        grad = ctx.kernels.rotate(grad.contiguous(), ctx.cos, -ctx.sin, ctx.heads, ctx.head_dim)
+        return grad, None, None, None, None, None
 
 
 class NoRotation(nn.Module):

@@ -11,14 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shardwright.cost.shapes import chunk_tokens
 from shardwright.data.batch import IGNORED
-
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
-
-
-def chunk_tokens(vocab: int, device_type: str) -> int:
-    """Tokens whose logits are held at once."""
-    return max(64, _CHUNK_ELEMENTS.get(device_type, 1 << 27) // vocab)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

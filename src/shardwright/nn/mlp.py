@@ -3,36 +3,70 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardwright.nn.kernels import Kernels
 from shardwright.nn.linear import Linear
 from shardwright.nn.parameters import Declaration, Part
 from shardwright.spec.architecture import Architecture
 
 
+def _gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _gated_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    activated = F.silu(gate)
+    torch.mul(grad, activated, out=grad_up)
+    torch.mul(grad, up, out=activated)
+    torch.ops.aten.silu_backward.grad_input(activated, gate, grad_input=grad_gate)
+    return grad_gate_up
+
+
+def _gated_formula(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _gated_backward_formula(gate_up: Tensor, grad: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    share = gate.sigmoid()
+    return torch.cat((grad * up * share * (1 + gate * (1 - share)), grad * gate * share), dim=-1)
+
+
+@dataclass(frozen=True)
+class GatedKernels(Kernels):
+    """silu(gate) * up of a fused [..., gate and up], and the gradient of the fused tensor, written as one."""
+
+    forward: Callable[[Tensor], Tensor] = _gated
+    backward: Callable[[Tensor, Tensor], Tensor] = _gated_backward
+
+    def formulas(self) -> GatedKernels:
+        """See `Kernels`."""
+        return GatedKernels(_gated_formula, _gated_backward_formula)
+
+
 class _Gated(torch.autograd.Function):
-    """silu(gate) * up of a fused [..., gate and up]. Its input alone is kept, and its gradient written as one."""
+    """Its input alone is kept."""
 
     @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, gate_up: Tensor, kernels: GatedKernels) -> Tensor:  # type: ignore[override]
+        ctx.kernels = kernels
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return kernels.forward(gate_up)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        activated = F.silu(gate)
-        torch.mul(grad, activated, out=grad_up)
-        torch.mul(grad, up, out=activated)
-        torch.ops.aten.silu_backward.grad_input(activated, gate, grad_input=grad_gate)
-        return grad_gate_up
+        return ctx.kernels.backward(*ctx.saved_tensors, grad), None
 
 
 class GatedActivation(nn.Module):
@@ -40,9 +74,13 @@ class GatedActivation(nn.Module):
 
     recomputable = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = GatedKernels()
+
     def forward(self, gate_up: Tensor) -> Tensor:
         """[..., 2 ffn], gate and up side by side, to [..., ffn]."""
-        return _Gated.apply(gate_up)  # type: ignore[return-value]
+        return _Gated.apply(gate_up, self.kernels)  # type: ignore[return-value]
 
 
 class TanhGELU(nn.Module):

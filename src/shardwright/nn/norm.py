@@ -2,34 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardwright.nn.kernels import Kernels
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight).to(x.dtype), scale
+
+
+def _normalise_backward(x: Tensor, weight: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    normalised = x * scale
+    product = grad * normalised
+    grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+    # The part of the gradient along x changes its length alone, which the normalisation takes away again.
+    along = product @ weight.to(product.dtype) / x.shape[-1]
+    del product
+    grad_x = grad * weight.to(scale.dtype)
+    grad_x.addcmul_(normalised, along.unsqueeze(-1), value=-1).mul_(scale)
+    return grad_x.to(x.dtype), grad_weight
+
+
+def _normalise_formula(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return (wide * scale * weight).to(x.dtype), scale
+
+
+def _normalise_backward_formula(x: Tensor, weight: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    normalised, weighted = x * scale, grad * weight.to(scale.dtype)
+    along = (weighted * normalised).mean(dim=-1, keepdim=True)
+    grad_weight = (grad * normalised).flatten(0, -2).sum(0)
+    return ((weighted - normalised * along) * scale).to(x.dtype), grad_weight.to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class NormKernels(Kernels):
+    """Forward: (x, weight, eps) to the output and the scale of each row. Backward: (x, weight, scale, gradient of the
+    output) to the gradients of x and of the weight."""
+
+    forward: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = _normalise
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = _normalise_backward
+
+    def formulas(self) -> NormKernels:
+        """See `Kernels`."""
+        return NormKernels(_normalise_formula, _normalise_backward_formula)
+
 
 class _RMSNorm(torch.autograd.Function):
-    """torch has one kernel for it on CUDA, and on CPUs a chain of ten that keeps two copies of its input."""
+    """Keeps its input and the scale of each row; a chain of operations would keep two copies of the input."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, kernels: NormKernels) -> Tensor:  # type: ignore[override]
+        y, scale = kernels.forward(x, weight, eps)
+        ctx.kernels = kernels
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        x, weight, scale = ctx.saved_tensors
-        normalised = x * scale
-        product = grad * normalised
-        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        # The part of the gradient along x changes its length alone, which the normalisation takes away again.
-        along = product @ weight.to(product.dtype) / x.shape[-1]
-        del product
-        grad_x = grad * weight.to(scale.dtype)
-        grad_x.addcmul_(normalised, along.unsqueeze(-1), value=-1).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight, None
+        return *ctx.kernels.backward(*ctx.saved_tensors, grad), None, None
 
 
 class RMSNorm(nn.Module):
@@ -41,12 +81,13 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.size, self.eps = size, eps
         self.weight = nn.Parameter(torch.empty(size))
+        self.kernels = NormKernels()
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., size]."""
-        if x.is_cuda:
-            return F.rms_norm(x, (self.size,), self.weight, self.eps)
-        return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[return-value]
+        if x.is_cuda and self.kernels == NormKernels():
+            return F.rms_norm(x, (self.size,), self.weight, self.eps)  # one kernel there; on CPUs a chain of ten
+        return _RMSNorm.apply(x, self.weight, self.eps, self.kernels)  # type: ignore[return-value]
 
 
 class LayerNorm(nn.Module):

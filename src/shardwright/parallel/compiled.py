@@ -1,41 +1,41 @@
-"""Note: compiled between products. What a layer does between its matrix products (norms, rotations, activations,
-residual sums) moves memory and computes little; compiled, neighbouring operations become one kernel. The products
-themselves stay outside: they communicate, and deliver weight gradients into flat buffers, which a compiler may not
-reorder. So a layer is compiled with a break at every module that delivers a product.
+"""Note: compiled between products. What lies between matrix products (norms, rotations, activations, the loss of a
+chunk of logits) moves memory and computes little. Compiled, each becomes one or two kernels that hold bf16 in
+registers. What is compiled are the modules' kernels (nn/kernels.py), functions of tensors alone: autograd functions,
+sinks, hooks, collectives and recomputation stay outside, and memory is kept and freed as ever.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from shardwright.parallel.sink import defers
+from shardwright.nn.kernels import Kernels
 
 
-class CompiledLayers:
-    """The layers of a composed model (`model.layers`), whose forwards can be switched between compiled and eager.
+def compile_kernels(model: nn.Module) -> None:
+    """Let a model's modules compute with compiled kernels, one set for each kind. The first use compiles."""
+    sets: dict[type[Kernels], Kernels] = {}
+    for module in model.modules():
+        kernels = getattr(module, "kernels", None)
+        if isinstance(kernels, Kernels):
+            if type(kernels) not in sets:
+                sets[type(kernels)] = _compiled_set(kernels.formulas())
+            module.kernels = sets[type(kernels)]  # type: ignore[assignment]
 
-    Hooks on the layers run outside what is compiled, so units are gathered and reduced as ever.
-    """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._layers: list[nn.Module] = list(getattr(model, "layers", []))
-        self._eager: list[Callable[..., Any]] = [layer.forward for layer in self._layers]
-        self._compiled: list[Callable[..., Any]] = []
+def _compiled_set(formulas: Kernels) -> Kernels:
+    return replace(formulas, **{field.name: _compiled(getattr(formulas, field.name)) for field in fields(formulas)})
 
-    def switch(self, compiled: bool) -> None:
-        """Let the layers run compiled, or as they are written."""
-        if compiled and not self._compiled:
-            self._compile()
-        for layer, forward in zip(self._layers, self._compiled if compiled else self._eager, strict=True):
-            layer.forward = forward
 
-    def _compile(self) -> None:
-        for layer in self._layers:
-            for module in layer.modules():
-                if defers(module):
-                    module.forward = torch.compiler.disable(module.forward)
-        self._compiled = [torch.compile(forward, dynamic=False) for forward in self._eager]
+def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = torch.compile(formula, fullgraph=True)
+
+    def run(*arguments: Any) -> Any:
+        # Whether autograd watches a tensor is no affair of a kernel, but would be a reason to compile it again.
+        return compiled(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
+
+    return run

@@ -2,6 +2,7 @@
 
 1. The model is built as one device would write it, without memory: nothing whole exists anywhere.
 2. Tensor parallelism replaces modules by a rank's part of them. It comes first, because it alone looks into modules.
+   What the modules that are left compute between products is compiled where `run.compile` says so.
 3. Recomputation wraps the forwards of layers, whose modules are now the ones that run.
 4. Blocks are cut into stages, and the rank keeps those that the pipeline's placement gives it. This comes after the
    division of modules, so that a parameter shared by two stages is divided alike on both, and before memory exists.
@@ -26,6 +27,7 @@ from shardwright.comm.mesh import Mesh
 from shardwright.cost.memory import MOMENTS
 from shardwright.nn.decoder import Decoder
 from shardwright.nn.dtypes import torch_dtype
+from shardwright.parallel.compiled import compile_kernels
 from shardwright.parallel.data import DataParallel
 from shardwright.parallel.offload.home import Home, OnDevice
 from shardwright.parallel.offload.on_host import OnHost
@@ -72,6 +74,8 @@ def compose(plan: Plan, mesh: Mesh, model: nn.Module | None = None) -> Runtime:
             model = Decoder(plan.architecture)
     region = Region(mesh.tp, plan.spec.parallel.sequence_parallel)
     divide(model, table_of(model, mesh.tp.degree), region)
+    if plan.spec.run.compile:
+        compile_kernels(model)
 
     blocks, line, placement = blocks_of(model), Line.of(mesh), placement_of(plan)
     refuse_outside(model, blocks)

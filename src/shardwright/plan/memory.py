@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
-from shardwright.cost.activations import EmbeddingTape, HeadTape, LayerTape, Shapes
+from shardwright.cost.activations import EmbeddingTape, HeadTape, LayerTape
 from shardwright.cost.memory import BYTES, held_parameters, state_memory, streamed_bytes
+from shardwright.cost.shapes import Shapes
 from shardwright.cost.step import Block, Replay, StageTape, Zero
-from shardwright.cost.units import (
-    embedding_parameters,
-    layer_parameters,
-    norm_parameters,
-    padded,
-    word_parameters,
-)
 from shardwright.layout.chunk import UPDATE_ELEMENTS, slot_elements
-from shardwright.plan.pipeline import placement_of, schedule_of, timeline_of
+from shardwright.plan.pipeline import computing_schedule_of, placement_of, schedule_of
 from shardwright.plan.plan import Plan
+from shardwright.plan.units import RankUnits, recompute_settings, representative, shapes_of, units_of
 from shardwright.record.records import MemoryRecord
 from shardwright.units import Bytes, parse_bytes
 
 _MOST_ACTIONS = 20_000
 """Of larger schedules the transfers are left out of the replay: they take long to place, and weigh little."""
-
-
-@dataclass(frozen=True)
-class _Units:
-    """A rank's units: by stage and block, the padded lengths of those that the block is the first to use."""
-
-    by_stage: dict[int, tuple[tuple[int, ...], ...]]
-
-    @property
-    def lengths(self) -> list[int]:
-        """All of them, in the order of the model."""
-        return [length for blocks in self.by_stage.values() for block in blocks for length in block]
 
 
 def parameters_of_rank(plan: Plan, rank: int) -> int:
@@ -56,50 +39,16 @@ def parameters_of_stage(plan: Plan, stage: int) -> int:
     return held_parameters(plan.architecture, 1, 0, layers=plan.layers_per_stage[stage], embedding=first, head=last)
 
 
-def _units(plan: Plan, pp: int, tp: int) -> _Units:
-    """A tied matrix that two ranks have is a unit by itself on both; on one rank it belongs to the embedding's."""
-    a, degree, placed = plan.architecture, plan.topology.tp, placement_of(plan)
-    words, last = word_parameters(a, degree, tp), len(placed) - 1
-    tied = a.tied_embeddings
-    apart = tied and placed[0] != placed[-1]
-
-    def lengths(*groups: list[int]) -> tuple[int, ...]:
-        return tuple(padded(group, plan.topology.dp) for group in groups if group)
-
-    layer = lengths(layer_parameters(a, degree, tp))
-    others = embedding_parameters(a)
-    embedding = lengths([words], others) if apart else lengths([words, *others])
-    norm = norm_parameters(a)
-    head = lengths([words], norm) if apart else lengths(norm if tied else [*norm, words])
-    by_stage = {}
-    for stage, of in enumerate(placed):
-        if of == pp:
-            blocks = [embedding] * (stage == 0) + [layer] * plan.layers_per_stage[stage] + [head] * (stage == last)
-            by_stage[stage] = tuple(blocks)
-    return _Units(by_stage)
-
-
 def estimated_memory(plan: Plan, rank: int) -> MemoryRecord:
     """What a rank will hold: its state between microbatches, padding included, and the most of a step."""
     here = plan.topology.coordinate(rank)
-    return replace(_estimated(plan.model_dump_json(), here.pp, _representative(plan, here.tp)), rank=rank)
-
-
-def _representative(plan: Plan, tp: int) -> int:
-    """The first of the ranks along `tp` that hold as much as this one."""
-    a, degree = plan.architecture, plan.topology.tp
-
-    def held(index: int) -> tuple[int, int]:
-        return sum(layer_parameters(a, degree, index)), word_parameters(a, degree, index)
-
-    return next(index for index in range(tp + 1) if held(index) == held(tp))
+    return replace(_estimated(plan, here.pp, representative(plan, here.tp)), rank=rank)
 
 
 @lru_cache(maxsize=512)
-def _estimated(plan_json: str, pp: int, tp: int) -> MemoryRecord:
+def _estimated(plan: Plan, pp: int, tp: int) -> MemoryRecord:
     """Ranks that differ only along the data axes hold the same."""
-    plan = Plan.model_validate_json(plan_json)
-    parallel, units = plan.spec.parallel, _units(plan, pp, tp)
+    parallel, units = plan.spec.parallel, units_of(plan, pp, tp)
     lengths = units.lengths
     owners = plan.topology.shard if parallel.zero >= 1 else 1
     resting = _state(plan, sum(lengths), owners)
@@ -158,38 +107,27 @@ def _zero(plan: Plan, owners: int) -> Zero:
     )
 
 
-def _replay(plan: Plan, units: _Units, zero: Zero, pp: int, tp: int) -> Replay:
-    s = Shapes(
-        plan.architecture,
-        plan.sequence_length,
-        plan.spec.train.micro_batch_size,
-        plan.topology.tp,
-        tp,
-        plan.spec.parallel.sequence_parallel,
-        plan.dtype,
-        plan.grad_dtype,
-        plan.device,
-    )
+def _replay(plan: Plan, units: RankUnits, zero: Zero, pp: int, tp: int) -> Replay:
+    s = shapes_of(plan, tp)
     last = len(plan.layers_per_stage) - 1
     stages = {}
     for stage, blocks in units.by_stage.items():
         tapes = [EmbeddingTape(s)] * (stage == 0) + _layers(plan, s, stage) + [HeadTape(s)] * (stage == last)
-        own = tuple(Block(tape, lengths) for tape, lengths in zip(tapes, blocks, strict=True))
+        own = tuple(
+            Block(tape, tuple(unit.length for unit in units)) for tape, units in zip(tapes, blocks, strict=True)
+        )
         stages[stage] = StageTape(own, stage == 0, stage == last, s.hidden)
     replay = Replay(stages, zero)
     if plan.architecture.positions == "rotary":
         replay.tape.take(plan.sequence_length * plan.architecture.head_dim * s.element)  # cosines and sines
     many = plan.num_microbatches * len(plan.layers_per_stage) > _MOST_ACTIONS
-    schedule = timeline_of(plan).schedule if many else schedule_of(plan)
-    replay.run(schedule.actions[pp], plan.num_microbatches)
+    schedule = computing_schedule_of(plan) if many else schedule_of(plan)
+    replay.run(schedule.actions[pp])
     return replay
 
 
 def _layers(plan: Plan, s: Shapes, stage: int) -> list[LayerTape]:
     """The tapes of a stage's layers, each with its own setting of recomputation."""
-    memory, begin = plan.spec.memory, sum(plan.layers_per_stage[:stage])
-    chosen, tapes = memory.recompute_layers, {name: LayerTape(s, name) for name in ("none", memory.recompute)}
-    return [
-        tapes[memory.recompute if isinstance(chosen, str) or layer in chosen else "none"]
-        for layer in range(begin, begin + plan.layers_per_stage[stage])
-    ]
+    settings = recompute_settings(plan, stage)
+    tapes = {name: LayerTape(s, name) for name in set(settings)}
+    return [tapes[setting] for setting in settings]

@@ -7,8 +7,9 @@ from functools import lru_cache
 from shardwright.cost.compute import model_cost
 from shardwright.plan.plan import Plan
 from shardwright.schedule.action import Schedule, StageCost
+from shardwright.schedule.bounds import closed_form_makespan, ideal_bubble
 from shardwright.schedule.build import build, placement
-from shardwright.schedule.simulate import Timeline, simulate
+from shardwright.schedule.simulate import Timeline, Totals, simulate, simulated_totals
 from shardwright.schedule.transfers import with_transfers
 
 
@@ -28,14 +29,29 @@ def schedule_of(plan: Plan, num_microbatches: int | None = None) -> Schedule:
     return _with_transfers(*_key(plan, num_microbatches or plan.num_microbatches), stage_costs(plan))
 
 
-def timeline_of(plan: Plan) -> Timeline:
-    """When everything of a step's schedule happens, by the estimated costs; transfers take no time."""
-    return _timeline(*_key(plan, plan.num_microbatches), stage_costs(plan))
+def computing_schedule_of(plan: Plan) -> Schedule:
+    """The same without transfers: for large pipelines these take long to place."""
+    return _computing(*_key(plan, plan.num_microbatches))
 
 
-def timeline_in_units(plan: Plan) -> Timeline:
-    """The same if F, I and W took one unit of time on every stage."""
-    return _timeline(*_key(plan, plan.num_microbatches), None)
+def totals_of(plan: Plan) -> Totals:
+    """When each rank of the pipeline begins, works and ends in a step, by estimated costs; transfers take no time."""
+    return _totals(*_key(plan, plan.num_microbatches), stage_costs(plan))
+
+
+def beginning_in_units(plan: Plan, until: float) -> Timeline:
+    """What begins before `until`, if F, I and W take one unit of time on every stage."""
+    return simulate(computing_schedule_of(plan), until=until)
+
+
+def makespan_in_units(plan: Plan) -> int:
+    """How many such units the whole step takes, in closed form."""
+    return closed_form_makespan(*_key(plan, plan.num_microbatches))
+
+
+def bubble_in_units(plan: Plan) -> float:
+    """The bubble of equal stages, in closed form."""
+    return ideal_bubble(*_key(plan, plan.num_microbatches))
 
 
 def _key(plan: Plan, num_microbatches: int) -> tuple[str, int, int, int]:
@@ -54,8 +70,8 @@ def _with_transfers(
     return with_transfers(_computing(name, num_ranks, virtual_stages, num_microbatches), costs)
 
 
-@lru_cache(maxsize=2)  # a large one takes tens of megabytes
-def _timeline(
-    name: str, num_ranks: int, virtual_stages: int, num_microbatches: int, costs: tuple[StageCost, ...] | None
-) -> Timeline:
-    return simulate(_computing(name, num_ranks, virtual_stages, num_microbatches), costs)
+@lru_cache(maxsize=16)
+def _totals(
+    name: str, num_ranks: int, virtual_stages: int, num_microbatches: int, costs: tuple[StageCost, ...]
+) -> Totals:
+    return simulated_totals(_computing(name, num_ranks, virtual_stages, num_microbatches), costs)

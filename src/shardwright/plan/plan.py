@@ -44,6 +44,9 @@ class Plan(Section):
     decisions: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    def __hash__(self) -> int:  # as pydantic's own, of which type checkers do not know: plans are keys of caches
+        return hash(tuple(self.__dict__.values()))
+
     @property
     def virtual_stages(self) -> int:
         """Stages on each rank of the pipeline."""

@@ -66,7 +66,7 @@ def resolve(
             *_schedule_warnings(train),
             *stages.warnings,
             *architecture_notes(spec.model),
-            *(crossings(topology, local_size) if local_size else ()),
+            *(crossings(topology, local_size, spec.parallel.zero) if local_size else ()),
         ),
     )
     check_chunk(plan)

@@ -98,20 +98,22 @@ def _mismatch(spec: Spec, dp: int, world_size: int | None) -> LayoutError:
     return LayoutError(problem, f"what works: {fits}a world of {dp * pp * tp}")
 
 
-def crossings(topology: Topology, local_size: int) -> tuple[str, ...]:
-    """A warning for each of `tp` and `shard` whose groups span nodes of `local_size` ranks."""
-    warnings: list[str] = []
-    for axis, field in (("tp", "parallel.tp"), ("shard", "parallel.dp_shard")):
-        seen: set[int] = set()
-        for rank in range(topology.world_size):
-            if rank in seen:
-                continue
-            group = topology.group((axis,), rank)
-            seen.update(group)
-            if len({member // local_size for member in group}) > 1:
-                degree = topology.degree(axis)
-                warnings.append(
-                    f"{field} = {degree}: groups cross nodes of {local_size} ranks, where communication is slower"
-                )
-                break
-    return tuple(warnings)
+def crosses_nodes(topology: Topology, axes: tuple[str, ...], local_size: int) -> bool:
+    """Whether some group of ranks that differ along these axes has ranks on several nodes of `local_size`."""
+    reach = sum((topology.degree(axis) - 1) * topology.stride(axis) for axis in axes)
+    firsts = {0}  # where groups begin, counted from the beginning of their nodes
+    for axis in topology.order:
+        if axis not in axes:
+            steps = [index * topology.stride(axis) for index in range(topology.degree(axis))]
+            firsts = {(first + step) % local_size for first in firsts for step in steps}
+    return max(firsts) + reach >= local_size
+
+
+def crossings(topology: Topology, local_size: int, zero: int) -> tuple[str, ...]:
+    """A warning for `tp`, and under ZeRO for `shard`, where groups span nodes of `local_size` ranks."""
+    axes = [("tp", "parallel.tp")] + ([("shard", "parallel.dp_shard")] if zero else [])
+    return tuple(
+        f"{field} = {topology.degree(axis)}: groups cross nodes of {local_size} ranks, where communication is slower"
+        for axis, field in axes
+        if crosses_nodes(topology, (axis,), local_size)
+    )

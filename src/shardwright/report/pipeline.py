@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 from shardwright.cost.compute import total
-from shardwright.layout.mesh import Coordinate
-from shardwright.plan.memory import estimated_memory, parameters_of_stage
-from shardwright.plan.pipeline import placement_of, stage_costs, timeline_in_units, timeline_of
+from shardwright.plan.memory import parameters_of_stage
+from shardwright.plan.pipeline import computing_schedule_of, placement_of, stage_costs, totals_of
 from shardwright.plan.plan import Plan
-from shardwright.schedule.simulate import Timeline
+from shardwright.schedule.simulate import live_microbatches
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,7 @@ class StageRow:
 class RankRow:
     """One rank of the pipeline in a step, by estimated costs; times are shares of the step's.
 
-    `live_microbatches` counts at the peak, once for each stage of the rank that keeps one. `state_bytes` is the
-    training state of the fullest of its ranks along `tp`.
+    `live_microbatches` counts at the peak, once for each stage of the rank that keeps one.
     """
 
     rank: int
@@ -44,7 +41,6 @@ class RankRow:
     busy: float
     actions: dict[str, int]
     live_microbatches: int
-    state_bytes: int
 
 
 def stage_rows(plan: Plan) -> list[StageRow]:
@@ -67,42 +63,19 @@ def stage_rows(plan: Plan) -> list[StageRow]:
     ]
 
 
-def rank_rows(plan: Plan, timeline: Timeline) -> list[RankRow]:
+def rank_rows(plan: Plan) -> list[RankRow]:
     """The ranks of the pipeline."""
-    placed, live = placement_of(plan), timeline.live_microbatches.per_rank
+    placed, schedule, totals = placement_of(plan), computing_schedule_of(plan), totals_of(plan)
+    live = live_microbatches(schedule).per_rank
     return [
         RankRow(
             rank=rank,
             stages=[stage for stage, of in enumerate(placed) if of == rank],
-            begins=spans[0].begin / timeline.makespan,
-            ends=spans[-1].end / timeline.makespan,
-            busy=timeline.busy[rank] / timeline.makespan,
-            actions=dict(Counter(str(span.action.kind) for span in spans)),
+            begins=totals.begins[rank] / totals.makespan,
+            ends=totals.ends[rank] / totals.makespan,
+            busy=totals.busy[rank] / totals.makespan,
+            actions={str(kind): count for kind, count in Counter(action.kind for action in actions).items()},
             live_microbatches=live[rank],
-            state_bytes=_state_bytes(plan, rank),
         )
-        for rank, spans in enumerate(timeline.spans)
+        for rank, actions in enumerate(schedule.actions)
     ]
-
-
-def _state_bytes(plan: Plan, pipeline_rank: int) -> int:
-    ranks = [plan.topology.rank(Coordinate(pp=pipeline_rank, tp=index)) for index in range(plan.topology.tp)]
-    return max(estimated_memory(plan, rank).total for rank in ranks)
-
-
-def document(plan: Plan) -> dict[str, Any]:
-    """A plan and its pipeline as one JSON document. Actions are summed up by rank: a step may have 10^5 of them."""
-    timeline = timeline_of(plan)
-    return {
-        "plan": plan.model_dump(mode="json"),
-        "stages": [asdict(row) for row in stage_rows(plan)],
-        "schedule": {
-            "name": plan.spec.parallel.pipeline_schedule,
-            "ranks": plan.topology.pp,
-            "virtual_stages": plan.virtual_stages,
-            "microbatches": plan.num_microbatches,
-        },
-        "ranks": [asdict(row) for row in rank_rows(plan, timeline)],
-        "bubble": timeline.bubble,
-        "bubble_of_equal_stages": timeline_in_units(plan).bubble,
-    }

@@ -69,3 +69,21 @@ def ideal_bubble(name: str, num_ranks: int, virtual_stages: int, num_microbatche
     """The bubble of a schedule that `build` names, on equal stages and with free transfers."""
     makespan = closed_form_makespan(name, num_ranks, virtual_stages, num_microbatches)
     return 1 - 3 * virtual_stages * num_microbatches / makespan
+
+
+def backwards_at_once(name: str, num_ranks: int, virtual_stages: int, num_microbatches: int, rank: int) -> int:
+    """How many microbatches a rank takes backward through a stage right after taking them forward through it, in a
+    schedule that `build` names. The stage is always the last one that the rank has.
+    """
+    p, v, m = num_ranks, virtual_stages, num_microbatches
+    if m == 1:
+        return 1  # what else there is to do comes before the forward or after the backward
+    if name == "zbv":
+        return m if rank == 0 else 0
+    if name == "gpipe" or rank != p - 1:
+        return 0
+    if name == "interleaved" and v > 1:
+        # Groups of fewer microbatches than the first one come back a little late.
+        count = max(1, m // p)
+        return -(-m // count) * (m % count) if m % count else m
+    return m

@@ -49,11 +49,14 @@ class Grid:
         return [self.axis, *map(str, self.rows), *self.notes]
 
 
-def grid(source: Timeline | Schedule, width: int | None = None, unit: float = 1.0) -> Grid:
+def grid(
+    source: Timeline | Schedule, width: int | None = None, unit: float = 1.0, makespan: float | None = None
+) -> Grid:
     """A timeline, or a schedule whose F, I and W take 1 on every stage, with `unit` of time per column.
 
     The number is the microbatch; where a rank has several stages, a letter says which, in the order of the model.
-    A grid wider than `width` characters is cut, and says how much is not shown.
+    A grid wider than `width` characters is cut, and says how much is not shown. `makespan` is that of the whole, where
+    the timeline is its beginning alone; that must reach as far as the grid.
     """
     timeline = simulate(source) if isinstance(source, Schedule) else source
     schedule = timeline.schedule
@@ -61,7 +64,7 @@ def grid(source: Timeline | Schedule, width: int | None = None, unit: float = 1.
     span_texts = [name_of(span.action, names) for spans in timeline.spans for span in spans]
     column = max(map(len, span_texts), default=1) + 1
     labels = _labels(schedule)
-    units = round(timeline.makespan / unit)
+    units = round((timeline.makespan if makespan is None else makespan) / unit)
     shown = units if width is None else min(units, max(1, (width - len(labels[0]) - 1) // column))
     rows = []
     for label, spans in zip(labels, timeline.spans, strict=True):

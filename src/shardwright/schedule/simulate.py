@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -61,6 +62,26 @@ class Timeline:
 
 
 @dataclass(frozen=True)
+class Totals:
+    """A timeline summed up by rank: when each begins and ends, and the time that it computes."""
+
+    begins: tuple[float, ...]
+    ends: tuple[float, ...]
+    busy: tuple[float, ...]
+
+    @property
+    def makespan(self) -> float:
+        """The time from the first begin, 0, to the last end."""
+        return max(self.ends, default=0.0)
+
+    @property
+    def bubble(self) -> float:
+        """The share of all ranks' time in which they do not compute."""
+        whole = len(self.ends) * self.makespan
+        return 1 - sum(self.busy) / whole if whole else 0.0
+
+
+@dataclass(frozen=True)
 class LiveMicrobatches:
     """The peak number of microbatches whose F is done and whose B or W is not.
 
@@ -75,35 +96,41 @@ def live_microbatches(schedule: Schedule) -> LiveMicrobatches:
     """The peaks of a schedule; they follow from the ranks' own orders, not from any costs."""
     per_stage, per_rank = [0] * schedule.num_stages, [0] * schedule.num_ranks
     live = [0] * schedule.num_stages
-    change = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.WEIGHT: -1}
     for rank, actions in enumerate(schedule.actions):
         on_rank = 0
         for action in actions:
-            step = change.get(action.kind, 0)
-            on_rank += step
-            live[action.stage] += step
-            per_rank[rank] = max(per_rank[rank], on_rank)
-            per_stage[action.stage] = max(per_stage[action.stage], live[action.stage])
+            kind, stage = action.kind, action.stage
+            if kind is Kind.FORWARD:
+                on_rank += 1
+                live[stage] += 1
+                per_rank[rank] = max(per_rank[rank], on_rank)
+                per_stage[stage] = max(per_stage[stage], live[stage])
+            elif kind is Kind.BACKWARD or kind is Kind.WEIGHT:
+                on_rank -= 1
+                live[stage] -= 1
     return LiveMicrobatches(tuple(per_stage), tuple(per_rank))
 
 
-def simulate(schedule: Schedule, costs: Sequence[StageCost] | None = None, transfer: float = 0.0) -> Timeline:
+def simulate(
+    schedule: Schedule, costs: Sequence[StageCost] | None = None, transfer: float = 0.0, until: float | None = None
+) -> Timeline:
     """The timeline in which every action begins as soon as its rank is free and its inputs are there.
 
     `costs` are per stage, by default one unit for each of F, I and W. What another rank computed is there `transfer`
     later. Transfer actions take no time of a rank, and are not in the timeline. Each action is looked at once, and
-    once more if it had to wait. Raises ScheduleError if some action waits for ever.
+    once more if it had to wait. `until` leaves out what begins then or later. Raises ScheduleError if some action waits
+    for ever.
     """
-    costs = [StageCost()] * schedule.num_stages if costs is None else costs
-    if len(costs) != schedule.num_stages:
-        raise ScheduleError(f"costs: {len(costs)} are given for {schedule.num_stages} stages", "one per stage")
-    run = _Run(schedule, costs, transfer)
-    ready = deque(range(schedule.num_ranks))
-    while ready:
-        ready.extend(run.advance(ready.popleft()))
-    run.check_finished()
+    spans: list[list[Span]] = [[] for _ in schedule.actions]
+    run = _Run(schedule, costs, transfer, until, spans)
     sequence = sorted(run.finished, key=attrgetter("begin"))  # stable: at equal times the order of simulation
-    return Timeline(schedule, tuple(tuple(spans) for spans in run.spans), tuple(sequence))
+    return Timeline(schedule, tuple(tuple(of_rank) for of_rank in spans), tuple(sequence))
+
+
+def simulated_totals(schedule: Schedule, costs: Sequence[StageCost] | None = None, transfer: float = 0.0) -> Totals:
+    """What `simulate` gives, summed up by rank: for large schedules in less than half of the time."""
+    run = _Run(schedule, costs, transfer, None, None)
+    return Totals(tuple(run.begins), tuple(run.free), tuple(run.busy))
 
 
 class _Task(NamedTuple):
@@ -112,30 +139,55 @@ class _Task(NamedTuple):
     cost: float
     inputs: tuple[tuple[Result, list[float | None], float], ...]
     gives: Result | None
+    given: list[float | None]
 
 
 class _Run:
-    """A simulation under way: each rank goes on until it needs what nobody has computed yet, then waits for it."""
+    """A simulation: each rank goes on until it needs what nobody has computed yet, then waits for it.
 
-    def __init__(self, schedule: Schedule, costs: Sequence[StageCost], transfer: float) -> None:
-        self.schedule = schedule
-        self.spans: list[list[Span]] = [[] for _ in schedule.actions]
+    `spans`, where they are given, are filled.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        costs: Sequence[StageCost] | None,
+        transfer: float,
+        until: float | None,
+        spans: list[list[Span]] | None,
+    ) -> None:
+        costs = [StageCost()] * schedule.num_stages if costs is None else costs
+        if len(costs) != schedule.num_stages:
+            raise ScheduleError(f"costs: {len(costs)} are given for {schedule.num_stages} stages", "one per stage")
+        self.schedule, self.spans, self.until = schedule, spans, until
         self.finished: list[Span] = []
+        self.free = [0.0] * schedule.num_ranks
+        self.begins, self.busy = list(self.free), list(self.free)
         self.ends: dict[Result, list[float | None]] = {
             (kind, stage): [None] * schedule.num_microbatches
             for kind in (Kind.FORWARD, Kind.INPUT)
             for stage in range(schedule.num_stages)
         }
         self.waiting: dict[tuple[Result, int], list[int]] = {}
+        self.programs = self._programs(costs, transfer)
+        self.positions = [0] * schedule.num_ranks
+        ready = deque(range(schedule.num_ranks))
+        while ready:
+            ready.extend(self._advance(ready.popleft()))
+        if until is None:
+            self._check_finished()
+
+    def _programs(self, costs: Sequence[StageCost], transfer: float) -> list[list[tuple[Action, _Task]]]:
+        """Of each rank the actions that compute, and what they do."""
         tasks = {
             (kind, stage): self._task(kind, stage, cost, transfer)
             for stage, cost in enumerate(costs)
             for kind in Kind
             if kind.computes
         }
-        self.programs = [
-            [(action, tasks[action.kind, action.stage]) for action in actions if action.kind.computes]
-            for actions in schedule.actions
+        return [
+            [(action, tasks[key]) for action in actions if (key := (action.kind, action.stage)) in tasks]
+            for actions in self.schedule.actions
         ]
 
     def _task(self, kind: Kind, stage: int, cost: StageCost, transfer: float) -> _Task:
@@ -143,36 +195,48 @@ class _Run:
         for need in needs(kind, stage, len(placement)):
             delay = 0.0 if placement[need[1]] == placement[stage] else transfer
             inputs.append((need, self.ends[need], delay))
-        return _Task(cost.of(kind), tuple(inputs), result(kind, stage))
+        gives = result(kind, stage)
+        return _Task(cost.of(kind), tuple(inputs), gives, self.ends[gives] if gives else [])
 
-    def advance(self, rank: int) -> list[int]:
+    def _advance(self, rank: int) -> list[int]:
         """Simulate a rank until it waits or has finished; gives the ranks that waited for what it computed."""
-        spans, woken = self.spans[rank], []
-        free = spans[-1].end if spans else 0.0
-        program = self.programs[rank]
-        for position in range(len(spans), len(program)):
+        woken: list[int] = []
+        program, waiting, free, busy = self.programs[rank], self.waiting, self.free[rank], self.busy[rank]
+        until = inf if self.until is None else self.until
+        for position in range(self.positions[rank], len(program)):
             action, task = program[position]
             begin, microbatch = free, action.microbatch
             for need, ends, delay in task.inputs:
                 end = ends[microbatch]
                 if end is None:
-                    self.waiting.setdefault((need, microbatch), []).append(rank)
+                    waiting.setdefault((need, microbatch), []).append(rank)
                     return woken
-                begin = max(begin, end + delay)
+                if end + delay > begin:
+                    begin = end + delay
+            if begin >= until:
+                return woken
             free = begin + task.cost
-            span = Span(action, begin, free)
-            spans.append(span)
-            self.finished.append(span)
+            busy += task.cost
+            if position == 0:
+                self.begins[rank] = begin
+            self.positions[rank], self.free[rank], self.busy[rank] = position + 1, free, busy
+            if self.spans is not None:
+                self._record(self.spans[rank], Span(action, begin, free))
             if task.gives is not None:
-                self.ends[task.gives][microbatch] = free
-                woken += self.waiting.pop((task.gives, microbatch), ())
+                task.given[microbatch] = free
+                if waits := waiting.pop((task.gives, microbatch), None):
+                    woken += waits
         return woken
 
-    def check_finished(self) -> None:
+    def _record(self, spans: list[Span], span: Span) -> None:
+        spans.append(span)
+        self.finished.append(span)
+
+    def _check_finished(self) -> None:
         """Raise ScheduleError if a rank still waits."""
-        for rank, (program, spans) in enumerate(zip(self.programs, self.spans, strict=True)):
-            if len(spans) < len(program):
+        for rank, (program, position) in enumerate(zip(self.programs, self.positions, strict=True)):
+            if position < len(program):
                 raise ScheduleError(
-                    f"schedule {self.schedule.name}: rank {rank} waits for ever in {program[len(spans)][0]}",
+                    f"schedule {self.schedule.name}: rank {rank} waits for ever in {program[position][0]}",
                     "validate(schedule) tells what every rank waits for",
                 )

@@ -13,6 +13,7 @@ class RunSpec(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is a GPU
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # auto: nccl on GPUs, one for each rank, gloo on CPUs
+    compile: bool = False  # what lies between matrix products; on CPUs this needs a C++ compiler
     max_restarts: Count = 0
     collective_timeout: SecondsText = "10 min"
     grace_period: SecondsText = "30 s"  # between asking a rank to end and ending it

@@ -77,6 +77,7 @@ class TrainingLoop:
                 break
             if step + 1 == last or (self._every and (step + 1) % self._every == 0):
                 self._validate(step + 1)
+        self.runtime.states.finish()
         self.outcome.seconds = time.perf_counter() - began
         return self.outcome
 

@@ -17,6 +17,7 @@ from shardwright.errors import DataError
 from shardwright.layout.mesh import Topology
 from shardwright.optim.optimizers import make_optimizer
 from shardwright.parallel.compose import compose
+from shardwright.plan.communication import estimated_communication
 from shardwright.plan.memory import estimated_memory
 from shardwright.plan.plan import Plan
 from shardwright.record.records import MemoryRecord, StepRecord, ValidationRecord
@@ -125,7 +126,11 @@ def _write_ledgers(directory: RunDirectory, mesh: Mesh, plan: Plan, outcome: Out
             "estimated": estimated_memory(plan, mesh.rank).as_json(),
             "measured": measured.as_json() if measured else None,
         },
-        "communication": {"steps": outcome.steps, "measured": mesh.ledger.as_records()},
+        "communication": {
+            "steps": outcome.steps,
+            "measured": mesh.ledger.as_records(),
+            "estimated_per_step": [record.as_row() for record in estimated_communication(plan, mesh.rank)],
+        },
     }
     directory.rank(mesh.rank).parent.mkdir(parents=True, exist_ok=True)
     write_json(directory.rank(mesh.rank), content)

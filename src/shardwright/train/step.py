@@ -96,6 +96,7 @@ def train_step(
     runtime.states.collect_gradients()
     health = Health.check(runtime, loss, stop)
     scale = clip_scale(health.grad_norm, train.max_grad_norm)
+    targets = int(num_targets)  # here, where the host has just waited for the device, and not behind the update
     if before_update is not None:
         before_update(scale)
     if health.finite:
@@ -104,7 +105,7 @@ def train_step(
         loss=health.loss,
         grad_norm=health.grad_norm,
         num_tokens=train.global_batch_size * runtime.plan.sequence_length,
-        num_targets=int(num_targets),
+        num_targets=targets,
         lr=lr,
         applied=health.finite,
         stop=health.stop,

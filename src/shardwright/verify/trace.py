@@ -76,6 +76,7 @@ def trace_layout(plan: Plan, mesh: Mesh, steps: int, runtime: Runtime | None = N
         take(step + 1, "parameters")
         trace.losses.append(result.loss)
         trace.norms.append(result.grad_norm)
+    runtime.states.finish()
     return trace
 
 

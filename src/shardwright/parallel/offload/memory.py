@@ -1,12 +1,13 @@
 """Host memory that a device reads and writes while others work: pinned where the device is a GPU.
 
 Note: pinned without waste. torch's own pinned allocator rounds every size up to a power of two, up to twice what was
-asked for. So memory is allocated as any other, in whole pages, and registered with CUDA: the bytes are those of the
-formula. It stays registered until its home is gone, and is freed after that.
+asked for. So whole pages are mapped, and registered with CUDA: the bytes are those of the formula. They stay registered
+until their home is gone, and are freed after that.
 """
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import Tensor
 from shardwright.errors import RunError
 from shardwright.units import format_bytes
 
-_PAGE = 4096
 _PORTABLE = 1  # pinned for every context of the process
 
 
@@ -35,10 +35,9 @@ class HostMemory:
         if not self._pinned:
             return torch.zeros(numel, dtype=dtype)
         num_bytes = numel * dtype.itemsize
-        padded = -(-num_bytes // _PAGE) * _PAGE
-        memory = torch.zeros(padded + _PAGE, dtype=torch.uint8)
-        start = -memory.data_ptr() % _PAGE
-        pages = memory[start : start + padded]  # pages of its own: CUDA registers none twice
+        padded = max(-(-num_bytes // mmap.PAGESIZE), 1) * mmap.PAGESIZE
+        # Pages of its own: CUDA registers none twice, and torch looks at where a storage begins.
+        pages = torch.frombuffer(mmap.mmap(-1, padded), dtype=torch.uint8)
         failed = int(_cudart().cudaHostRegister(pages.data_ptr(), padded, _PORTABLE))
         if failed:
             raise RunError(

@@ -8,6 +8,8 @@ returned by the axis's first rank and zero by the others, so that a sum over the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shardwright.comm.collectives import all_gather, share
+from shardwright.cost.shapes import chunk_tokens
 from shardwright.data.batch import IGNORED
-from shardwright.nn.loss import add_product, chunk_tokens
+from shardwright.nn.kernels import Kernels
+from shardwright.nn.loss import add_product
 from shardwright.nn.parameters import Declaration
 from shardwright.parallel.sink import GradientSink, sink_of
 from shardwright.parallel.tensor.region import Region
@@ -60,6 +64,54 @@ class PositionsOfRank(nn.Module):
         return x_TBC + F.embedding(rows, self.weight)[:, None]
 
 
+_ELSEWHERE = -1
+"""In the place of a target's row where this rank has none: another rank has the word, or no loss is counted."""
+
+
+def _summarise(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    largest = logits.amax(dim=1)
+    at_target = torch.where(own >= 0, logits.gather(1, own.clamp(min=0).unsqueeze(1)).squeeze(1), 0.0)
+    exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
+    return exponentials, torch.stack((largest, exponentials.sum(dim=1), at_target))
+
+
+def _gradient(exponentials: Tensor, largest: Tensor, log_sum: Tensor, own: Tensor, counted: Tensor) -> Tensor:
+    # Where no loss is counted there is no gradient; elsewhere the softmax, less one at the target.
+    grad = exponentials.mul_(torch.where(counted, (largest - log_sum).exp(), 0.0).unsqueeze(1))
+    return grad.scatter_add_(1, own.clamp(min=0).unsqueeze(1), -(own >= 0).to(grad.dtype).unsqueeze(1))
+
+
+def _summarise_formula(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    largest = wide.amax(dim=1)
+    beneath = (wide - largest.unsqueeze(1)).exp().sum(dim=1)
+    at_target = torch.where(own >= 0, wide.gather(1, own.clamp(min=0).unsqueeze(1)).squeeze(1), 0.0)
+    return logits, torch.stack((largest, beneath, at_target))
+
+
+def _gradient_formula(logits: Tensor, largest: Tensor, log_sum: Tensor, own: Tensor, counted: Tensor) -> Tensor:
+    softmax = (logits - log_sum.unsqueeze(1)).exp()
+    is_target = torch.arange(logits.shape[1], device=own.device) == own.unsqueeze(1)
+    return torch.where(counted.unsqueeze(1), softmax - is_target.to(softmax.dtype), 0.0).to(logits.dtype)
+
+
+@dataclass(frozen=True)
+class LossKernels(Kernels):
+    """A chunk of tokens, before and after the exchange; `own` [tokens] are the targets' rows on this rank.
+
+    summarise: (logits, own) to what the gradient needs of the logits, in their place or the logits themselves, and the
+    three numbers per token [3, tokens]. gradient: (that, largest, log_sum, own, counted) to the gradient of the logits.
+    """
+
+    summarise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _summarise
+    gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = _gradient
+
+    def formulas(self) -> LossKernels:
+        """See `Kernels`."""
+        return LossKernels(_summarise_formula, _gradient_formula)
+
+
 class VocabularyOutput(nn.Module):
     """A rank's rows of the output product: [positions between products, B, hidden] and targets [T, B] to the loss."""
 
@@ -69,12 +121,18 @@ class VocabularyOutput(nn.Module):
         super().__init__()
         self.weight, self.begin = weight, begin
         self.declaration, self.region = declaration, region
+        self.kernels = LossKernels()
+        # As many words as any rank has, so that all cut the tokens into the same chunks.
+        words = declaration.locals["weight"][0].shape[0] if declaration.locals else len(weight)
+        self.most_words = -(-words // region.axis.degree)
 
     def forward(self, x_TBC: Tensor, targets_TB: Tensor) -> Tensor:
         """The sum of the loss over the targets that carry one, on the first rank of the axis; zero on the others."""
         targets = pad_positions(targets_TB, self.region, IGNORED).flatten()
         needs_grad = torch.is_grad_enabled()
-        arguments = (self.weight, targets, self.begin, self.region, sink_of(self.weight), needs_grad)
+        chunk = chunk_tokens(self.most_words, x_TBC.device.type)
+        sink = sink_of(self.weight)
+        arguments = (self.weight, targets, self.begin, self.region, self.kernels, chunk, sink, needs_grad)
         return _VocabularyCrossEntropy.apply(x_TBC, *arguments)  # type: ignore[return-value]
 
 
@@ -87,6 +145,8 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         begin: int,
         region: Region,
+        kernels: LossKernels,
+        chunk: int,
         sink: GradientSink | None,
         needs_grad: bool,
     ) -> Tensor:
@@ -100,14 +160,13 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=accumulate, device=x.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = None
-        step = chunk_tokens(weight.shape[0], x.device.type)
-        for first in range(0, len(hidden), step):
-            h, t = hidden[first : first + step], targets[first : first + step]
-            loss, grad_logits = _chunk_loss((h @ weight.T).to(accumulate), t, begin, region, needs_grad)
+        for first in range(0, len(hidden), chunk):
+            h, t = hidden[first : first + chunk], targets[first : first + chunk]
+            loss, grad_logits = _chunk_loss(h, weight, t, begin, region, kernels, needs_grad)
             total += loss
             if grad_hidden is not None and grad_logits is not None:
                 grad_logits = grad_logits.to(weight.dtype)
-                torch.mm(grad_logits, weight, out=grad_hidden[first : first + step])
+                torch.mm(grad_logits, weight, out=grad_hidden[first : first + chunk])
                 grad_weight = add_product(grad_weight, grad_logits.T, h)
             del grad_logits  # or it would be there beside the next chunk's
         if grad_hidden is not None and grad_weight is not None:
@@ -121,27 +180,27 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         grad_x = grad_x * grad_total.to(grad_x.dtype)
         delivered = ctx.sink is not None and ctx.sink.scaled(grad_weight, grad_total)
         grad_weight = None if delivered else grad_weight * grad_total.to(grad_weight.dtype)
-        return grad_x, grad_weight, None, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None, None, None
 
 
 def _chunk_loss(
-    logits: Tensor, targets: Tensor, begin: int, region: Region, needs_grad: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    begin: int,
+    region: Region,
+    kernels: LossKernels,
+    needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss of a chunk, and the gradient of this rank's logits in their place."""
+    """The loss of a chunk, and the gradient of this rank's logits."""
     counted = targets != IGNORED
     own = targets - begin
-    has = counted & (own >= 0) & (own < logits.shape[1])
-    index = own.masked_fill(~has, 0).unsqueeze(1)
-    largest = logits.amax(dim=1)
-    at_target = torch.where(has, logits.gather(1, index).squeeze(1), 0.0)
-    exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
-    log_sum, at_target = _exchange(torch.stack((largest, exponentials.sum(dim=1), at_target)), region)
+    own = own.masked_fill(~counted | (own < 0) | (own >= len(weight)), _ELSEWHERE)
+    # The kernel gets the only reference to the logits, so that they are gone where it does not keep them.
+    kept, numbers = kernels.summarise(hidden @ weight.T, own)
+    log_sum, at_target = _exchange(numbers, region)
     loss = torch.where(counted, log_sum - at_target, 0.0).sum()
-    if not needs_grad:
-        return loss, None
-    # Where no loss is counted there is no gradient; elsewhere the softmax, less one at the target.
-    grad = exponentials.mul_(torch.where(counted, (largest - log_sum).exp(), 0.0).unsqueeze(1))
-    return loss, grad.scatter_add_(1, index, -has.to(grad.dtype).unsqueeze(1))
+    return loss, kernels.gradient(kept, numbers[0], log_sum, own, counted) if needs_grad else None
 
 
 def _exchange(mine: Tensor, region: Region) -> tuple[Tensor, Tensor]:

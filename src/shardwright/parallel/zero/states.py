@@ -322,6 +322,13 @@ class States:
             self.home.take(unit)
         self._in_flight, self._leaving = [], []
 
+    def finish(self) -> None:
+        """Wait for what is still under way, as before a runtime is dropped. To be called on every rank."""
+        self._publish(self.units)
+        for unit in self.units:
+            unit.finish_reduction()
+        self.home.settle()
+
     def owned_tensors(self) -> list[OwnedTensor]:
         """What this rank updates, in the order of the blocks, once no update is under way."""
         return [unit.owned_tensor() for unit in self.units]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from shardwright.comm.collectives import DONE, Handle, all_gather, all_reduce, reduce_scatter, share
 from shardwright.comm.line import exchange_sum
-from shardwright.layout.box import Piece
+from shardwright.layout.box import Piece, cut
+from shardwright.layout.chunk import UPDATE_ELEMENTS
 from shardwright.layout.flat import FlatLayout, Member, Slot
 from shardwright.nn.initial import fill
 from shardwright.optim.owned import OwnedTensor
@@ -98,10 +99,18 @@ class Unit:
 
     def initialise(self, seed: int) -> None:
         """Fill the owned range by name and element index, then make the parameters whole where they rest so."""
-        for piece in self.owned_pieces:
-            fill(self.masters[piece.start : piece.stop], piece.box, seed)
-        if self.masters is not self.owned_values:
-            self.owned_values.copy_(self.masters)
+        pieces, length = self.owned_pieces, self.masters.numel()
+        for begin in range(0, length, UPDATE_ELEMENTS):
+            window = slice(begin, min(begin + UPDATE_ELEMENTS, length))
+            masters, own = self.masters[window], self.owned_values[window]
+            # Made where the parameters are, which under offload is faster than where the masters are.
+            values = masters if masters.device == own.device else torch.zeros_like(masters, device=own.device)
+            for piece in cut(pieces, window.start, window.stop):
+                fill(values[piece.start : piece.stop], piece.box, seed)
+            if values is not masters:
+                masters.copy_(values)
+            if self.masters is not self.owned_values:
+                own.copy_(values)
         self.arrives(DONE)
         self.publish()
 
