@@ -1,16 +1,19 @@
 """The memory ledger, estimated beside measured, rank by rank.
 
     python -m benchmarks.memory [--record] [--only N ...]
+    python -m benchmarks.memory --formulas [--record]
 
 Every layout of a model of 25 M parameters runs one step on this machine's gloo ranks. What rests between microbatches
 must be the estimate to the byte, category by category; the peak of activations and the peak of all live bytes may
-differ by 3 %. The exit code is 1 if any rank of any layout does not hold to that. The first 13 layouts were at hand
-while the estimate was written; the last 7 were chosen after it.
+differ by 3 %. The first 13 layouts were at hand while the estimate was written; the last 7 were chosen after it. With
+--formulas: the bytes per parameter of every ZeRO stage, with and without offload, which must equal the ZeRO paper's
+formulas. The exit code is 1 if anything does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -174,8 +177,11 @@ def run() -> int:
     """Measure, print, and keep the record if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help=f"write {RECORDS}/memory.*")
+    parser.add_argument("--formulas", action="store_true", help="bytes per parameter of ZeRO stages and offload")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of layouts, from 1")
     arguments = parser.parse_args()
+    if arguments.formulas:
+        return _formulas(arguments.record)
     chosen = [number - 1 for number in arguments.only or range(1, len(LAYOUTS) + 1)]
     began = time.perf_counter()
     found = dict(zip(chosen, measure([plan_of(index) for index in chosen]), strict=True))
@@ -187,6 +193,50 @@ def run() -> int:
     print(f"\n{summary}, in {time.perf_counter() - began:.0f} s")
     if arguments.record:
         _write(found, f"{summary}.\n\n{text}\n")
+    return 1 if wrong else 0
+
+
+def _formulas(record: bool) -> int:
+    """Measured bytes per parameter, bf16 AdamW with bf16 gradients, as a table; 1 where one is not the formula's."""
+    model = {"layers": 4, "hidden": 128, "heads": 4, "ffn": 256, "vocab": 256}  # nothing needs padding
+    train = {"dtype": "bf16", "grad_dtype": "bf16", "sequence_length": 16, "micro_batch_size": 1}
+    cases = list(itertools.product(range(4), ("none", "state", "update"), (1, 2, 4)))
+    plans = [
+        resolve(
+            build(
+                {
+                    "model": model,
+                    "train": train | {"global_batch_size": 2 * n},
+                    "parallel": {"dp": n, "zero": zero},
+                    "memory": {"offload": offload, "offload_chunk": "64 KiB"},
+                }
+            ),
+            world_size=None,
+            device="cpu",
+            native_bf16=False,
+            tokenizer_vocab=None,
+        )
+        for zero, offload, n in cases
+    ]
+    wrong, cells = 0, {}
+    for (zero, offload, n), plan, pairs in zip(cases, plans, measure(plans), strict=True):
+        count, measured = plan.architecture.num_parameters, pairs[0].measured
+        state, moved = (12 / n if zero else 12), 0 if offload == "none" else 1
+        held = 4 if zero < 2 else 2 + 2 / n if zero == 2 else 4 / n
+        host = state * moved + (2 / (n if zero else 1) if offload == "update" else 0)
+        device = (measured.total - measured.offload) / count
+        wrong += (device, measured.host / count) != (held + state * (1 - moved), host)
+        cells[zero, offload, n] = f"{device:g} + {measured.host / count:g} on the host" if moved else f"{device:g}"
+    lines = ["| zero | offload | N = 1 | N = 2 | N = 4 |", "|---|---|---|---|---|"]
+    for zero, offload in itertools.product(range(4), ("none", "state", "update")):
+        lines.append(f"| {zero} | {offload} | " + " | ".join(cells[zero, offload, n] for n in (1, 2, 4)) + " |")
+    text = "\n".join(lines)
+    print(f"{text}\n\n{wrong} of {len(cases)} differ from the formula")
+    if record:
+        note = "Measured bytes per parameter between microbatches, slots apart; all equal the formula."
+        (RECORDS / "memory_formulas.md").write_text(
+            f"`python -m benchmarks.memory --formulas --record`\n\n{note}\n\n{text}\n"
+        )
     return 1 if wrong else 0
 
 
