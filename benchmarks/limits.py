@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.harness import RECORDS, environment
 from benchmarks.memory import Pair, measure
 from shardwright.plan.memory import estimated_memory
-from shardwright.plan.plan import Plan
+from shardwright.plan.plan import Device, Plan
 from shardwright.plan.resolve import resolve
 from shardwright.record.records import MemoryRecord
 from shardwright.spec.load import build
@@ -39,7 +39,7 @@ class Family:
     sequence_length: int
     global_batch_size: int
     cap: str
-    device: str
+    device: Device
 
     @property
     def train(self) -> dict[str, Any]:
