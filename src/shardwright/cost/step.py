@@ -95,14 +95,20 @@ class _Done:
 
 @dataclass
 class Replay:
-    """Replays a rank's actions. `stages` are those of the rank, by number."""
+    """Replays a rank's actions. `stages` are those of the rank, by number; `placement` is the rank of every stage.
+
+    `transfers`: the actions say when things are sent and received. Else what comes from another rank is there when it
+    is needed, and what goes to one is gone when it has been made.
+    """
 
     stages: dict[int, StageTape]
     zero: Zero
+    placement: tuple[int, ...]
+    transfers: bool = True
     tape: Tape = field(default_factory=Tape)
     _done: dict[tuple[_Step, tuple[_Unit, ...]], _Done] = field(default_factory=dict)
     _in_flight: list[_Unit] = field(default_factory=list)
-    _sends: dict[tuple[Kind, int], deque[int]] = field(default_factory=dict)
+    _sends: dict[int, deque[int]] = field(default_factory=dict)
 
     def run(self, actions: Sequence[Action]) -> Tape:
         """All actions of a step."""
@@ -142,7 +148,8 @@ class Replay:
         if kind.receives:
             self.tape.take(size)
             return
-        under_way = self._sends.setdefault((kind, stage), deque())
+        to = self.placement[stage + (1 if kind is Kind.SEND_OUTPUT else -1)]
+        under_way = self._sends.setdefault(to, deque())
         if len(under_way) >= _SENDS_UNDER_WAY:
             self.tape.drop(under_way.popleft())
         under_way.append(size)
@@ -156,11 +163,24 @@ class Replay:
         if key not in self._done:
             self._done[key] = self._worked_out(step)
         done, t = self._done[key], self.tape
+        comes, goes = (0, 0) if self.transfers else self._implied(step)
+        t.take(comes)
         t.peak_activations = max(t.peak_activations, t.activations + done.peak_activations)
         t.peak = max(t.peak, t.activations + t.transfers + done.peak)
         t.activations += done.activations
         t.transfers += done.transfers
+        t.drop(goes)
         self._in_flight = list(done.in_flight)
+
+    def _implied(self, step: _Step) -> tuple[int, int]:
+        """Bytes that an action takes from another rank, and that it gives to one."""
+        kind, stage, _ = step
+        if kind is Kind.WEIGHT:
+            return 0, 0
+        size, here = self.stages[stage].boundary, self.placement[stage]
+        before = size if stage > 0 and self.placement[stage - 1] != here else 0
+        after = size if stage + 1 < len(self.placement) and self.placement[stage + 1] != here else 0
+        return (before, after) if kind is Kind.FORWARD else (after, before)
 
     def _worked_out(self, step: _Step) -> _Done:
         t, (kind, number, flag) = Tape(), step

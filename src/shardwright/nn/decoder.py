@@ -33,6 +33,8 @@ class Embedding(nn.Module):
 class Layer(nn.Module):
     """Attention and feed-forward, each normalised before and added after."""
 
+    draws_random = False
+
     def __init__(self, architecture: Architecture, rotary: Rotary | None) -> None:
         super().__init__()
         a = architecture

@@ -39,13 +39,14 @@ def recompute(layers: Sequence[nn.Module], setting: str, chosen: Sequence[int] |
     for index in range(len(layers)) if isinstance(chosen, str) else chosen:
         layer = layers[index]
         # The layer's own hooks, which say when its parameters are needed, must not run again: only its forward does.
-        layer.forward = _full(layer.forward) if setting == "full" else _selective(layer)
+        layer.forward = _full(layer) if setting == "full" else _selective(layer)
 
 
-def _full(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _full(layer: nn.Module) -> Callable[..., Any]:
+    forward, draws = layer.forward, getattr(layer, "draws_random", True)
+
     def run(*inputs: Tensor) -> Any:
-        # No layer draws random numbers, so that there is no state of a generator to bring back.
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
     return run
 
@@ -54,6 +55,7 @@ def _selective(layer: nn.Module) -> Callable[..., Any]:
     forward, scopes = layer.forward, _Scopes()
     for module in layer.modules():
         if getattr(module, "recomputable", False) or isinstance(module, _CHEAP):
+            module.register_forward_pre_hook(scopes.call)
             module.register_forward_hook(scopes.note)
         if hasattr(module, "regathers"):
             module.regathers = True  # type: ignore[assignment]
@@ -72,7 +74,6 @@ class _Derived:
 
     def __init__(self, module: nn.Module, inputs: Sequence[Any]) -> None:
         self._module, self._inputs = module, inputs
-        self._versions = [x._version if isinstance(x, Tensor) else None for x in inputs]
         self._saved = 0
         self._value: Tensor | None = None
 
@@ -82,13 +83,8 @@ class _Derived:
 
     def make(self) -> Tensor:
         """The tensor, computed anew."""
-        for x, version in zip(self._inputs, self._versions, strict=True):
-            if isinstance(x, Tensor) and x._version != version:
-                raise RuntimeError(
-                    f"{type(self._module).__name__}: its input was changed in place before the backward, so that its "
-                    "output cannot be computed again; use memory.recompute = full or none"
-                )
-        inputs = [x.make() if isinstance(x, _Derived) else x for x in self._inputs]
+        name = type(self._module).__name__
+        inputs = [x.take(f"the input of {name}") if isinstance(x, _Kept | _View) else x for x in self._inputs]
         with torch.no_grad():
             return self._module.forward(*inputs)
 
@@ -100,50 +96,80 @@ class _Derived:
         return value
 
 
+class _Kept:
+    """A tensor as it is, kept with what says whether it was changed in place since."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Detached: an output that its own node kept would keep itself alive.
+        self._tensor, self._version = tensor.detach(), tensor._version
+
+    def take(self, what: str = "what a backward needs") -> Tensor:
+        """The tensor. Raises RuntimeError where it was changed."""
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                f"memory.recompute: {what} was changed in place after the forward had read it, so that the backward "
+                "would compute something else; do not change it in place, or use memory.recompute = none to see where"
+            )
+        return self._tensor
+
+
 class _View:
-    """A saved view of a derived tensor."""
+    """A view of a derived tensor: saved by autograd, or the input of another derived tensor."""
 
     def __init__(self, derived: _Derived, like: Tensor) -> None:
         self._derived, self._size, self._stride = derived, like.size(), like.stride()
         self._offset = like.storage_offset()
-        derived.save()
 
-    def take(self) -> Tensor:
-        return self._derived.take().as_strided(self._size, self._stride, self._offset)
+    def saved(self) -> _View:
+        """The same, and autograd will ask for it."""
+        self._derived.save()
+        return self
+
+    def take(self, what: str = "") -> Tensor:
+        """The view, of what is computed anew for another derived tensor, or shared by those that saved it."""
+        base = self._derived.make() if what else self._derived.take()
+        return base.as_strided(self._size, self._stride, self._offset)
 
 
 class _Scope:
-    """One forward of a layer: which memory holds derived tensors."""
+    """One forward of a layer: which memory holds derived tensors, as it was when they were made."""
 
     def __init__(self) -> None:
-        self._derived: dict[int, tuple[weakref.ref[UntypedStorage], _Derived]] = {}
+        self._derived: dict[int, tuple[weakref.ref[UntypedStorage], int, _Derived]] = {}
+        self._called: list[list[Any]] = []
 
-    def _find(self, tensor: Tensor) -> _Derived | None:
+    def _find(self, tensor: Tensor) -> _View | None:
+        """The tensor as a view of a derived one, unless that was changed since it was made."""
         storage = tensor.untyped_storage()
-        reference, derived = self._derived.get(id(storage), (None, None))
-        return derived if reference is not None and reference() is storage else None
+        reference, version, derived = self._derived.get(id(storage), (None, -1, None))
+        if derived is None or reference is None or reference() is not storage or tensor._version != version:
+            return None
+        return _View(derived, tensor)
 
-    def derive(self, module: nn.Module, inputs: Sequence[Any], output: Tensor) -> None:
-        """Note that a module made a tensor; or changed one in place, which is of use where that was derived."""
+    def call(self, inputs: Sequence[Any]) -> None:
+        """A cheap module is called: what its inputs are before it may change them."""
+        self._called.append([(self._find(x) or _Kept(x)) if isinstance(x, Tensor) else x for x in inputs])
+
+    def derive(self, module: nn.Module, inputs: Sequence[Any], output: Any) -> None:
+        """The module has returned. What it changed in place is of use where that was derived."""
+        kept = self._called.pop()
+        if not isinstance(output, Tensor):
+            return
         storage = output.untyped_storage()
-        found = [self._find(x) if isinstance(x, Tensor) else None for x in inputs]
-        for x, derived in zip(inputs, found, strict=True):
-            if isinstance(x, Tensor) and x.untyped_storage() is storage and derived is None:
+        for x, own in zip(inputs, kept, strict=True):
+            if isinstance(x, Tensor) and x.untyped_storage() is storage and isinstance(own, _Kept):
                 return
-        # Detached: what is kept for the layer's graph must not hold the graph.
-        own = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
-        kept = [derived or x for x, derived in zip(own, found, strict=True)]
-        self._derived[id(storage)] = weakref.ref(storage), _Derived(module, kept)
+        if output.storage_offset() == 0 and output.is_contiguous():
+            self._derived[id(storage)] = weakref.ref(storage), output._version, _Derived(module, kept)
 
-    def pack(self, tensor: Tensor) -> Tensor | _View:
+    def pack(self, tensor: Tensor) -> _Kept | _View:
         """What autograd keeps of a tensor that it saves."""
-        derived = self._find(tensor)
-        # Detached: an output that its own node kept would keep itself alive.
-        return tensor.detach() if derived is None else _View(derived, tensor)
+        view = self._find(tensor)
+        return _Kept(tensor) if view is None else view.saved()
 
 
-def _unpack(kept: Tensor | _View) -> Tensor:
-    return kept if isinstance(kept, Tensor) else kept.take()
+def _unpack(kept: _Kept | _View) -> Tensor:
+    return kept.take()
 
 
 class _Scopes:
@@ -161,7 +187,12 @@ class _Scopes:
         finally:
             self._scope = None
 
+    def call(self, module: nn.Module, inputs: Any) -> None:
+        """A hook before a cheap module."""
+        if self._scope is not None:
+            self._scope.call(inputs)
+
     def note(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """A hook on a cheap module."""
-        if self._scope is not None and isinstance(output, Tensor):
+        """A hook after it."""
+        if self._scope is not None:
             self._scope.derive(module, inputs, output)

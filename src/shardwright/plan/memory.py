@@ -117,10 +117,10 @@ def _replay(plan: Plan, units: RankUnits, zero: Zero, pp: int, tp: int) -> Repla
             Block(tape, tuple(unit.length for unit in units)) for tape, units in zip(tapes, blocks, strict=True)
         )
         stages[stage] = StageTape(own, stage == 0, stage == last, s.hidden)
-    replay = Replay(stages, zero)
+    many = plan.num_microbatches * len(plan.layers_per_stage) > _MOST_ACTIONS
+    replay = Replay(stages, zero, placement_of(plan), transfers=not many)
     if plan.architecture.positions == "rotary":
         replay.tape.take(plan.sequence_length * plan.architecture.head_dim * s.element)  # cosines and sines
-    many = plan.num_microbatches * len(plan.layers_per_stage) > _MOST_ACTIONS
     schedule = computing_schedule_of(plan) if many else schedule_of(plan)
     replay.run(schedule.actions[pp])
     return replay

@@ -115,8 +115,9 @@ def _memory_table(memory: Sequence[tuple[MemoryRecord, MemoryRecord]]) -> Table:
     for estimated, measured in ordered[:_MOST_RANKS]:
         for record in (estimated, measured):
             resting = (record.parameters, record.gradients, record.optimizer, record.communication + record.offload)
-            columns = [*resting, record.activations, record.peak, *[record.host] * on_host]
-            table.add_row(str(record.rank), record.origin, *map(format_bytes, columns))
+            most = [format_bytes(size) if record.peak else "not counted" for size in (record.activations, record.peak)]
+            host = [format_bytes(record.host)] * on_host
+            table.add_row(str(record.rank), record.origin, *map(format_bytes, resting), *most, *host)
     if len(ordered) > _MOST_RANKS:
         table.caption = f"the {_MOST_RANKS} fullest of {len(ordered)} ranks; ranks/ has all"
     return table

@@ -24,7 +24,7 @@ class StepMemory:
     """Measures the memory of the step that runs inside it: `record` is there afterwards.
 
     What rests is read between the step's first two microbatches, or after the step where it has one. The most that is
-    live is counted throughout.
+    live is counted throughout; it stays 0 on CPUs with compiled kernels, which cannot be watched.
     """
 
     def __init__(self, runtime: Runtime, optimizer: Optimizer) -> None:
@@ -41,6 +41,8 @@ class StepMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return self
+        if self._runtime.plan.spec.run.compile:
+            return self  # compiled kernels cannot run under a dispatch mode: the peaks stay uncounted
         state = [tensor for tensors in resident.values() for tensor in tensors]
         state += [unit.whole for unit in self._runtime.states.units]
         live = LiveTensors([tensor.untyped_storage() for tensor in state])
@@ -65,6 +67,8 @@ class StepMemory:
         if isinstance(self._live, LiveTensors):
             live = self._live
             return {"activations": Bytes(live.peak_activations), "peak": Bytes(self._at_first + live.peak)}
+        if self._runtime.mesh.device.type != "cuda":
+            return {}
         peak = torch.cuda.max_memory_allocated(self._runtime.mesh.device)
         return {"activations": Bytes(peak - self._at_first), "peak": Bytes(peak)}
 

@@ -34,6 +34,11 @@ class LiveTensors(TorchDispatchMode):
         self.peak = self.peak_activations = self._peak_before = 0
         self.observer: Callable[[Any, LiveTensors], None] | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would import its compiler at the first operation, seconds for every rank, to keep it away from here.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Perform the operation and count what it made."""
         returned = func(*args, **(kwargs or {}))

@@ -234,6 +234,7 @@ class States:
         """Forget the last step's gradients; each stage will be passed by this many microbatches."""
         self._remaining = Counter({unit: users * num_microbatches for unit, users in self._users.items()})
         self._active.clear()
+        self._in_flight, self._leaving = [], []  # a step that failed may have left some
         self.home.begin_step()
         for unit in self.units:
             unit.begin_step()

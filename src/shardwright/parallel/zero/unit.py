@@ -158,6 +158,12 @@ class Unit:
 
     def begin_step(self) -> None:
         """Forget the last step's gradients; their memory is written over, not cleared."""
+        if self._scattering is not None:  # that step failed before it came to an end
+            self._scattering.wait()
+            self._scattering = None
+            if self.shards_gradients:
+                self._whole_gradient = None
+        self.finish_sum()
         self._written = [False] * len(self.layout.slots)
         self._owned_written = False
         self.is_reduced = False
