@@ -35,7 +35,7 @@ class Published:
 
 PUBLISHED = (
     Published("megatron-turing-530b", "A100-80GB", 529.6, 2240, 240, (35, 3, 3), 23.8),
-    Published("gpt-1t", "A100-80GB", 1008.0, 3072, 512, (64, 2, 2), 56.4),
+    Published("gpt-1t", "A100-80GB", 1008.0, 3072, 512, (64, 2, 2), 50.3),
     Published("llama-3.1-405b", "H100-SXM", 405.9, 16384, 16, (64, 1, 2), 128.8),
 )
 
