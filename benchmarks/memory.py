@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RECORDS, environment
-from shardwright.comm.job import Job
-from shardwright.comm.launch import launch
+from benchmarks.worlds import launched
 from shardwright.comm.mesh import Groups, Mesh
 from shardwright.comm.worker import Worker
 from shardwright.data.samples import RandomSamples
@@ -141,15 +140,7 @@ def main(worker: Worker, arguments: tuple[str, ...]) -> None:
 def measure(plans: list[Plan]) -> list[list[Pair]]:
     """By plan and rank, what was estimated and what was measured."""
     with tempfile.TemporaryDirectory() as path:
-        folders = [Path(path) / str(number) for number in range(len(plans))]
-        for plan, folder in zip(plans, folders, strict=True):
-            folder.mkdir()
-            write_json(folder / "plan.json", plan.model_dump(mode="json"))
-        for world in sorted({plan.world_size for plan in plans}):
-            own = [str(f) for p, f in zip(plans, folders, strict=True) if p.world_size == world]
-            print(f"{len(own)} layouts on {world} ranks", file=sys.stderr, flush=True)
-            if launch(Job(world, "benchmarks.memory", tuple(own), "cpu")):
-                raise SystemExit(1)
+        folders = launched(plans, "benchmarks.memory", (), Path(path))
         return [
             [
                 Pair(estimated_memory(plan, rank), MemoryRecord.from_json(read_json(folder / f"{rank}.json")))

@@ -25,11 +25,9 @@ from typing import Any
 import torch
 
 from benchmarks.harness import RECORDS, environment
-from shardwright.comm.job import Job
-from shardwright.comm.launch import launch
+from benchmarks.worlds import launched
 from shardwright.plan.plan import Device, Plan
 from shardwright.plan.resolve import resolve
-from shardwright.record.store import write_json
 from shardwright.spec.load import build
 from shardwright.verify.proof import Proof, prove
 from shardwright.verify.trace import read_traces
@@ -155,15 +153,7 @@ def prove_all(layouts: list[Layout], device: Device = "cpu") -> list[Proof]:
     torch.set_num_threads(1)  # the one device's tensors are tiny
     plans = [layout.plan(device) for layout in layouts]
     with tempfile.TemporaryDirectory() as folder:
-        folders = [Path(folder) / str(i) for i in range(len(plans))]
-        for plan, path in zip(plans, folders, strict=True):
-            path.mkdir()
-            write_json(path / "plan.json", plan.model_dump(mode="json"))
-        for world in sorted({plan.world_size for plan in plans}):
-            own = [str(f) for p, f in zip(plans, folders, strict=True) if p.world_size == world]
-            print(f"{len(own)} layouts on {world} ranks", file=sys.stderr, flush=True)
-            if launch(Job(world, "shardwright.verify.rank", (str(STEPS), *own), device)):
-                raise SystemExit(1)
+        folders = launched(plans, "shardwright.verify.rank", (str(STEPS),), Path(folder))
         return [prove(p, read_traces(f, p.world_size), STEPS) for p, f in zip(plans, folders, strict=True)]
 
 

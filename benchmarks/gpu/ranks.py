@@ -6,7 +6,6 @@ ranks on CUDA tensors of one GPU; what NCCL itself does is not shown by it.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,11 +15,10 @@ from typing import Any
 from benchmarks.gpu.record import Section
 from benchmarks.gpu.scale import Scale
 from benchmarks.harness import quartiles
-from shardwright.comm.job import Job
-from shardwright.comm.launch import launch
+from benchmarks.worlds import launched
 from shardwright.plan.describe import layout
 from shardwright.plan.plan import Plan
-from shardwright.record.store import read_json, write_json
+from shardwright.record.store import read_json
 from shardwright.verify.proof import Proof, prove
 from shardwright.verify.trace import read_traces
 
@@ -93,25 +91,10 @@ def _timed_plan(scale: Scale, parallel: Parallel) -> Plan:
     return scale.plan(dp=parallel["dp"], parallel=parallel, train={"global_batch_size": batch}, **RUN)
 
 
-def _launched(plans: Sequence[Plan], entry: str, arguments: tuple[str, ...], folder: Path) -> list[Path]:
-    """Run a program for the plans of each world size, in one world each; the folders of the plans."""
-    folders = [folder / str(index) for index in range(len(plans))]
-    for plan, path in zip(plans, folders, strict=True):
-        path.mkdir()
-        write_json(path / "plan.json", plan.model_dump(mode="json"))
-    for world in sorted({plan.world_size for plan in plans}):
-        own = [str(path) for plan, path in zip(plans, folders, strict=True) if plan.world_size == world]
-        print(f"{entry}: {len(own)} plans on {world} ranks", file=sys.stderr, flush=True)
-        job = Job(world, entry, (*arguments, *own), device=plans[0].device, backend="gloo")
-        if code := launch(job):
-            raise SystemExit(code)
-    return folders
-
-
 def prove_all(plans: Sequence[Plan]) -> list[Proof]:
     """Each plan beside one device."""
     with tempfile.TemporaryDirectory() as folder:
-        folders = _launched(plans, "shardwright.verify.rank", (str(STEPS),), Path(folder))
+        folders = launched(plans, "shardwright.verify.rank", (str(STEPS),), Path(folder), backend="gloo")
         traces = [read_traces(path, plan.world_size) for plan, path in zip(plans, folders, strict=True)]
     return [prove(plan, trace, STEPS) for plan, trace in zip(plans, traces, strict=True)]
 
@@ -119,7 +102,7 @@ def prove_all(plans: Sequence[Plan]) -> list[Proof]:
 def time_all(plans: Sequence[Plan], rounds: int, steps: int) -> list[dict[str, Any]]:
     """Seconds of steps of each plan; those of one world take turns."""
     with tempfile.TemporaryDirectory() as folder:
-        folders = _launched(plans, "benchmarks.gpu.rank", (str(rounds), str(steps)), Path(folder))
+        folders = launched(plans, "benchmarks.gpu.rank", (str(rounds), str(steps)), Path(folder), backend="gloo")
         return [read_json(path / "speed.json") for path in folders]
 
 
