@@ -51,6 +51,8 @@ def run(scale: Scale, rounds: int, steps: int, only: list[str]) -> Section:
     """Proofs in fp64 and bf16, then steps of a larger model."""
     on_gpu = scale.device.type == "cuda"
     chosen = [p for p in layouts(on_gpu) if not only or any(part in _name(p) for part in only)]
+    if not chosen:
+        raise SystemExit(f"--cases: no layout holds {only}; there are: {'; '.join(map(_name, layouts(on_gpu)))}")
     proofs = prove_all([plan for p in chosen for plan in _proof_plans(scale, p)])
     speeds = time_all([_timed_plan(scale, p) for p in chosen], rounds, steps)
     heads = ["layout", "fp64 loss", "gradients", "parameters", "bf16 loss (may be)", "gradients (may be)", "verdict"]
