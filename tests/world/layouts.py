@@ -21,6 +21,7 @@ STEPS = 2
 # Nothing divides: 509 words, 27 features, 13 positions.
 LLAMA = {"layers": 2, "hidden": 24, "heads": 12, "head_dim": 4, "ffn": 27, "vocab": 509}
 QWEN = LLAMA | {"head_dim": 6, "qk_norm": True, "qkv_bias": True}
+QWEN2 = LLAMA | {"qkv_bias": True}
 GPT2 = LLAMA | {"norm": "layernorm", "activation": "gelu", "positions": "learned", "bias": True}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import GPT2, LLAMA, QWEN, STEPS, Fault, compared, plan_of
+from layouts import GPT2, LLAMA, QWEN, QWEN2, STEPS, Fault, compared, plan_of
 from pool import Place, Pool
 
 from shardwright.errors import LayoutError
@@ -35,6 +35,8 @@ CASES = [
     (LLAMA | {"kv_heads": 1, "tied_embeddings": True}, {"dp": 1, "tp": 4, "zero": 2}),
     (LLAMA | {"kv_heads": 2, "tied_embeddings": True}, {"dp": 2, "tp": 2, "zero": 3, "dp_shard": 1}),
     (QWEN | {"kv_heads": 4}, {"dp": 1, "tp": 2, "zero": 3}),
+    (QWEN2 | {"kv_heads": 4}, {"dp": 2, "tp": 2, "zero": 1}),
+    (LLAMA | {"kv_heads": 6, "bias": True}, {"dp": 1, "tp": 2, "zero": 2}),
     (QWEN | {"kv_heads": 2}, {"dp": 1, "tp": 4, "zero": 1}),
     (QWEN | {"kv_heads": 1, "tied_embeddings": True}, {"dp": 2, "tp": 2, "zero": 3}),
     (GPT2 | {"kv_heads": 12}, {"dp": 2, "tp": 2, "zero": 2, "zero_pipeline": "save_communication"}),

@@ -31,7 +31,12 @@ class _Colwise(torch.autograd.Function):
         ctx.save_for_backward(x if regathers else whole, weight)
         ctx.region, ctx.has_bias, ctx.sink, ctx.regathers = region, bias is not None, sink, regathers
         _announce(ctx, sink)
-        return F.linear(whole, weight, bias)
+        if bias is None:
+            return F.linear(whole, weight)
+        # With a bias F.linear gives a view of its product, and autograd forbids the rotation to work in place in a view
+        # that a function of one's own returns.
+        y = torch.addmm(bias, whole.flatten(0, -2), weight.T)
+        return torch.ops.aten._unsafe_view(y, (*whole.shape[:-1], len(weight)))
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
