@@ -34,5 +34,9 @@ class DataError(ShardwrightError):
     """A corpus, a tokenizer or a prepared dataset that cannot be used."""
 
 
+class CheckpointError(ShardwrightError):
+    """A checkpoint or a model directory that cannot be read or written."""
+
+
 class RunError(ShardwrightError):
     """A run that cannot start or go on: its directory, its ranks, its numbers."""

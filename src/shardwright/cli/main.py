@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from shardwright import __version__
+from shardwright.cli.checkpoint import app as checkpoint
 from shardwright.cli.data import app as data
 from shardwright.cli.plan import plan
 from shardwright.cli.train import train
@@ -33,6 +34,7 @@ app.command()(plan)
 app.command()(train)
 app.command()(verify)
 app.add_typer(data, name="data")
+app.add_typer(checkpoint, name="checkpoint")
 
 
 def _print_version(wanted: bool) -> None:

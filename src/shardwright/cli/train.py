@@ -15,6 +15,10 @@ def train(
     run_dir: Annotated[
         str | None, typer.Option("--run-dir", help="Where the run is written; default: a new directory in runs/.")
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the newest good checkpoint of --run-dir, or of the newest run."),
+    ] = False,
 ) -> None:
     """Train a recipe's model.
 
@@ -25,4 +29,4 @@ def train(
     """
     from shardwright.train import run
 
-    raise typer.Exit(run.train(recipe, overrides or [], run_dir))
+    raise typer.Exit(run.train(recipe, overrides or [], run_dir, resume=resume))

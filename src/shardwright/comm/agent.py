@@ -12,8 +12,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
 from typing import Any
@@ -26,8 +27,10 @@ from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 
 from shardwright.comm.cause import Cause, Kind, first_cause
 from shardwright.comm.folder import RunFolder
+from shardwright.comm.hang import report
 from shardwright.comm.job import Job
 from shardwright.comm.store import HashStore
+from shardwright.comm.whereabouts import Sighting
 from shardwright.units import format_seconds
 
 POLL = 0.05  # seconds between two looks at the ranks
@@ -114,7 +117,10 @@ class Agent(LocalElasticAgent):
 
     def _end_failed(self) -> None:
         """After a failure: find its cause, end every rank, and say whether the ranks start anew."""
-        cause = self._settled_cause()
+        sightings = self._sightings()  # before anything else: ranks that are not stuck go on
+        cause = self._settled_cause(sightings)
+        if cause.kind is Kind.HANG:
+            cause = replace(cause, text=report(self._job.collective_timeout, self._job.world_size, sightings))
         self._kill()
         if self._folder.stop_requested() and _is_part_of_stopping(cause):
             raise Stopped("")
@@ -125,14 +131,22 @@ class Agent(LocalElasticAgent):
             self._attempt += 1
             self._tell(f"{cause.told()}\nstarting all ranks anew ({self._attempt} of {self._job.max_restarts})")
 
-    def _settled_cause(self) -> Cause:
+    def _sightings(self) -> dict[int, Sighting]:
+        """Where the ranks are, those too that have ended; not those that never said it."""
+        pages = {rank: self._folder.whereabouts(self._attempt, rank) for rank in range(self._job.world_size)}
+        return {rank: Sighting.of(page.read_bytes()) for rank, page in pages.items() if page.exists()}
+
+    def _settled_cause(self, sightings: Mapping[int, Sighting]) -> Cause:
         """The first cause that is no echo, waited for a little: the rank at fault may end after those it broke."""
+        overdue = any(s.waiting and s.seconds >= self._job.collective_timeout for s in sightings.values())
         deadline = time.monotonic() + SETTLE
         while True:
             exits = self._exit_codes()  # before the causes: a rank tells its cause, then exits
             causes = self._folder.causes(self._attempt)
             for rank, code in exits.items():
-                if code and rank not in causes:
+                if code and rank not in causes and code == -signal.SIGABRT and overdue:
+                    causes[rank] = Cause.of_hang(rank, "NCCL's watchdog ended it")
+                elif code and rank not in causes:
                     causes[rank] = Cause.of_exit(rank, code, _out_of_memory_kills() > self._kills_before)
             first = first_cause(causes.values())
             assert first is not None, "called after a rank has failed"
@@ -170,7 +184,7 @@ class Agent(LocalElasticAgent):
 
 def _is_part_of_stopping(cause: Cause) -> bool:
     """Whether a rank that was asked to stop may well end like this: SIGTERM before it could listen, or an echo."""
-    return cause.kind is Kind.ECHO or (cause.kind is Kind.SIGNAL and f"({signal.SIGTERM.name})" in cause.text)
+    return cause.may_follow or (cause.kind is Kind.SIGNAL and f"({signal.SIGTERM.name})" in cause.text)
 
 
 def _out_of_memory_kills() -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shardwright.comm.mesh import Axis, Transport
 from shardwright.comm.staged import fetch, fetched, host_like, put_back
+from shardwright.comm.whereabouts import Call
 
 
 class Handle(Protocol):
@@ -38,12 +39,13 @@ DONE: Handle = _Done()
 
 
 class _Pending:
-    def __init__(self, works: list[dist.Work], finish: Callable[[], object] | None = None) -> None:
-        self._works, self._finish = works, finish
+    def __init__(self, call: Call, works: list[dist.Work], finish: Callable[[], object] | None = None) -> None:
+        self._call, self._works, self._finish = call, works, finish
+        call.posted()
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
+        if self._works:
+            self._call.wait(self._works)
         if self._finish is not None:
             self._finish()
         self._works, self._finish = [], None
@@ -83,9 +85,9 @@ def _posted(work: dist.Work | None) -> dist.Work:
     return work
 
 
-def pending(*works: dist.Work | None) -> Handle:
+def pending(call: Call, *works: dist.Work | None) -> Handle:
     """The handle of transfers that torch has under way."""
-    return _Pending([_posted(work) for work in works])
+    return _Pending(call, [_posted(work) for work in works])
 
 
 def _others(axis: Axis) -> list[int]:
@@ -97,25 +99,25 @@ def all_reduce(tensor: Tensor, axis: Axis, *, reason: str) -> Handle:
     """Sum a tensor over an axis, in place; every rank gets bitwise the same result."""
     if axis.group is None:
         return DONE
-    axis.ledger.count("all_reduce", axis.name, reason, 2 * (axis.degree - 1) * _bytes(tensor) // axis.degree)
+    call = axis.ledger.count("all_reduce", axis.name, reason, 2 * (axis.degree - 1) * _bytes(tensor) // axis.degree)
     if axis.transport is Transport.STAGED:
         host = fetched(tensor)
-        return Staged(_sum(host, axis), [(tensor, host)])
-    return _sum(tensor, axis)
+        return Staged(_sum(host, axis, call), [(tensor, host)])
+    return _sum(tensor, axis, call)
 
 
-def _sum(tensor: Tensor, axis: Axis) -> Handle:
+def _sum(tensor: Tensor, axis: Axis, call: Call) -> Handle:
     if axis.transport is not Transport.NATIVE and axis.degree == 2:
-        return _swap_and_add(tensor, axis)
-    return _Pending([_posted(dist.all_reduce(tensor, group=axis.group, async_op=True))])
+        return _swap_and_add(tensor, axis, call)
+    return pending(call, dist.all_reduce(tensor, group=axis.group, async_op=True))
 
 
-def _swap_and_add(tensor: Tensor, axis: Axis) -> Handle:
+def _swap_and_add(tensor: Tensor, axis: Axis, call: Call) -> Handle:
     """Between two ranks an all-reduce is one exchange: as many bytes as the ring's two halves, in one step."""
     received, other = axis.ledger.buffer(torch.empty_like(tensor)), axis.ranks[1 - axis.index]
     works = [_posted(dist.irecv(received, other, group=axis.group))]
     works.append(_posted(dist.isend(tensor, other, group=axis.group)))
-    return _Pending(works, lambda: tensor.add_(received))  # a + b is b + a to the bit: both ranks get the same
+    return _Pending(call, works, lambda: tensor.add_(received))  # a + b is b + a to the bit: both ranks get the same
 
 
 def all_gather(whole: Tensor, axis: Axis, *, reason: str) -> Handle:
@@ -123,23 +125,23 @@ def all_gather(whole: Tensor, axis: Axis, *, reason: str) -> Handle:
     if axis.group is None:
         return DONE
     mine = share(whole, axis, axis.index)
-    axis.ledger.count("all_gather", axis.name, reason, (axis.degree - 1) * _bytes(mine))
+    call = axis.ledger.count("all_gather", axis.name, reason, (axis.degree - 1) * _bytes(mine))
     if axis.transport is Transport.NATIVE:
-        return _Pending([_posted(dist.all_gather_into_tensor(whole, mine, group=axis.group, async_op=True))])
+        return pending(call, dist.all_gather_into_tensor(whole, mine, group=axis.group, async_op=True))
     if axis.transport is Transport.STAGED:
         host = host_like(whole)
         fetch(mine, share(host, axis, axis.index))
         back = [(share(whole, axis, other), share(host, axis, other)) for other in _others(axis)]
-        return Staged(_gather_directly(host, axis), back, host)
-    return _gather_directly(whole, axis)
+        return Staged(_gather_directly(host, axis, call), back, host)
+    return _gather_directly(whole, axis, call)
 
 
-def _gather_directly(whole: Tensor, axis: Axis) -> Handle:
+def _gather_directly(whole: Tensor, axis: Axis, call: Call) -> Handle:
     mine, works = share(whole, axis, axis.index), []
     for other in _others(axis):
         works.append(_posted(dist.irecv(share(whole, axis, other), axis.ranks[other], group=axis.group)))
         works.append(_posted(dist.isend(mine, axis.ranks[other], group=axis.group)))
-    return _Pending(works)
+    return _Pending(call, works)
 
 
 def reduce_scatter(whole: Tensor, axis: Axis, *, reason: str) -> Handle:
@@ -150,16 +152,16 @@ def reduce_scatter(whole: Tensor, axis: Axis, *, reason: str) -> Handle:
     if axis.group is None:
         return DONE
     mine = share(whole, axis, axis.index)
-    axis.ledger.count("reduce_scatter", axis.name, reason, (axis.degree - 1) * _bytes(mine))
+    call = axis.ledger.count("reduce_scatter", axis.name, reason, (axis.degree - 1) * _bytes(mine))
     if axis.transport is Transport.NATIVE:
-        return _Pending([_posted(dist.reduce_scatter_tensor(mine, whole, group=axis.group, async_op=True))])
+        return pending(call, dist.reduce_scatter_tensor(mine, whole, group=axis.group, async_op=True))
     if axis.transport is Transport.STAGED:
         host = fetched(whole)
-        return Staged(_scatter_directly(host, axis), [(mine, share(host, axis, axis.index))], host)
-    return _scatter_directly(whole, axis)
+        return Staged(_scatter_directly(host, axis, call), [(mine, share(host, axis, axis.index))], host)
+    return _scatter_directly(whole, axis, call)
 
 
-def _scatter_directly(whole: Tensor, axis: Axis) -> Handle:
+def _scatter_directly(whole: Tensor, axis: Axis, call: Call) -> Handle:
     mine = share(whole, axis, axis.index)
     received = {other: axis.ledger.buffer(torch.empty_like(mine)) for other in _others(axis)}
     works = []
@@ -171,26 +173,30 @@ def _scatter_directly(whole: Tensor, axis: Axis) -> Handle:
         for other in sorted(received):
             mine.add_(received[other])
 
-    return _Pending(works, add)
+    return _Pending(call, works, add)
 
 
-def barrier(axis: Axis) -> None:
+def barrier(axis: Axis, *, reason: str = "agreement") -> None:
     """Wait until every rank of an axis is here."""
     if axis.group is not None:
-        dist.barrier(group=axis.group)
+        call = axis.ledger.call("barrier", axis.name, reason)
+        pending(call, dist.barrier(group=axis.group, async_op=True)).wait()
 
 
-def broadcast_text(text: str | None, axis: Axis, device: torch.device) -> str:
-    """The text of an axis's first rank, on every rank; the others pass None."""
+def broadcast_text(
+    text: str | None, axis: Axis, device: torch.device, *, source: int = 0, reason: str = "agreement"
+) -> str:
+    """The text of the rank at one position of an axis, on every rank; what the others pass is not used."""
     if axis.group is None:
         assert text is not None
         return text
-    content = (text or "").encode()
+    content = (text or "").encode() if axis.index == source else b""
     device = device if axis.transport is Transport.NATIVE else torch.device("cpu")
     length = torch.tensor(len(content), device=device)
-    dist.broadcast(length, axis.ranks[0], group=axis.group)
+    call = axis.ledger.call("broadcast", axis.name, reason)
+    pending(call, dist.broadcast(length, axis.ranks[source], group=axis.group, async_op=True)).wait()
     buffer = torch.zeros(int(length), dtype=torch.uint8, device=device)
-    if axis.index == 0:
-        buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-    dist.broadcast(buffer, axis.ranks[0], group=axis.group)
+    if axis.index == source:
+        buffer.copy_(torch.tensor(list(content), dtype=torch.uint8))
+    pending(call, dist.broadcast(buffer, axis.ranks[source], group=axis.group, async_op=True)).wait()
     return bytes(buffer.cpu().tolist()).decode()

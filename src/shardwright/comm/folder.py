@@ -46,6 +46,10 @@ class RunFolder:
         """The file in which the ranks of an attempt meet. A file used once cannot be met in again."""
         return self.path / f"store-{attempt}"
 
+    def whereabouts(self, attempt: int, rank: int) -> Path:
+        """The file in which a rank of an attempt says where it is."""
+        return self.path / f"whereabouts-{attempt}-{rank}"
+
     def write_cause(self, attempt: int, cause: Cause) -> None:
         self._write(f"cause-{attempt}-{cause.rank}.json", cause.to_json())
 

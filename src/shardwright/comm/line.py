@@ -22,6 +22,7 @@ from torch import Tensor
 from shardwright.comm.collectives import Handle, Staged, pending
 from shardwright.comm.mesh import Axis, Mesh, Transport
 from shardwright.comm.staged import fetched, host_like
+from shardwright.comm.whereabouts import Call
 
 
 @dataclass(frozen=True)
@@ -82,27 +83,28 @@ def rounds(degree: int) -> list[list[tuple[int, int]]]:
 
 def send(tensor: Tensor, line: Line, to: int, *, reason: str) -> Handle:
     """Send a contiguous tensor to a position of the line; it may be written again after the handle's wait."""
-    line.axis.ledger.count("send", line.axis.name, reason, tensor.numel() * tensor.element_size())
+    call = line.axis.ledger.count("send", line.axis.name, reason, tensor.numel() * tensor.element_size())
     if line.axis.transport is Transport.STAGED:
         host = fetched(tensor)
-        return Staged(_sent(host, line, to), (), host)
-    return _sent(tensor, line, to)
+        return Staged(_sent(host, line, to, call), (), host)
+    return _sent(tensor, line, to, call)
 
 
-def _sent(tensor: Tensor, line: Line, to: int) -> Handle:
-    return pending(dist.isend(tensor, line.axis.ranks[to], group=line.channel(line.index, to)))
+def _sent(tensor: Tensor, line: Line, to: int, call: Call) -> Handle:
+    return pending(call, dist.isend(tensor, line.axis.ranks[to], group=line.channel(line.index, to)))
 
 
 def receive(tensor: Tensor, line: Line, source: int, *, reason: str) -> Handle:
     """Fill a tensor with the next message from a position of the line."""
+    call = line.axis.ledger.call("receive", line.axis.name, reason)
     if line.axis.transport is Transport.STAGED:
         host = host_like(tensor)
-        return Staged(_received(host, line, source), [(tensor, host)])
-    return _received(tensor, line, source)
+        return Staged(_received(host, line, source, call), [(tensor, host)])
+    return _received(tensor, line, source, call)
 
 
-def _received(tensor: Tensor, line: Line, source: int) -> Handle:
-    return pending(dist.irecv(tensor, line.axis.ranks[source], group=line.channel(source, line.index)))
+def _received(tensor: Tensor, line: Line, source: int, call: Call) -> Handle:
+    return pending(call, dist.irecv(tensor, line.axis.ranks[source], group=line.channel(source, line.index)))
 
 
 def exchange_sum(tensor: Tensor, line: Line, other: int, *, reason: str) -> Handle:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from shardwright.comm.ledger import CommunicationLedger
+from shardwright.comm.whereabouts import Whereabouts
 from shardwright.layout.mesh import DATA_AXES, Coordinate, Topology
 
 
@@ -80,7 +81,8 @@ class Mesh:
     """A topology laid over some ranks of the job, seen from this rank.
 
     `ranks` maps the topology's numbering to the job's; by default they are the same. `transport` is by default what
-    fits the device and the world. Two meshes can live in one process: nothing here is global.
+    fits the device and the world. The rank is seen in its collectives by its `whereabouts`. Two meshes can live in one
+    process: nothing here is global.
     """
 
     def __init__(
@@ -92,10 +94,12 @@ class Mesh:
         ranks: Sequence[int] | None = None,
         rank: int | None = None,
         transport: Transport | None = None,
+        whereabouts: Whereabouts | None = None,
     ) -> None:
         self.topology = topology
         self.device = device
-        self.ledger = CommunicationLedger()
+        self.whereabouts = Whereabouts() if whereabouts is None else whereabouts
+        self.ledger = CommunicationLedger(whereabouts=self.whereabouts)
         self.groups = groups if groups is not None else Groups()
         self._ranks = tuple(ranks) if ranks is not None else tuple(range(topology.world_size))
         if rank is None:

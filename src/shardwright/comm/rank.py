@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,6 +13,7 @@ from shardwright.comm.cause import Cause
 from shardwright.comm.folder import RunFolder
 from shardwright.comm.job import Place, Source
 from shardwright.comm.stop import StopRequest, follow_parent, leave_now, listening
+from shardwright.comm.whereabouts import shared_page
 
 
 def main() -> None:
@@ -40,7 +42,7 @@ def main() -> None:
             _serve(folder, place, stop)
         except BaseException as error:
             if not (isinstance(error, SystemExit) and not error.code):
-                _fail(folder, place, error)
+                _fail(folder, place, Cause.of_exception(place.rank, error))
 
 
 def _serve(folder: RunFolder, place: Place, stop: StopRequest) -> None:
@@ -49,12 +51,14 @@ def _serve(folder: RunFolder, place: Place, stop: StopRequest) -> None:
     from shardwright.comm.store import local_store
     from shardwright.comm.worker import serve
 
-    serve(job, place, stop, lambda: local_store(folder.store(place.attempt), place))
+    page = shared_page(folder.whereabouts(place.attempt, place.rank))
+    fail = partial(_fail, folder, place)
+    serve(job, place, stop, lambda: local_store(folder.store(place.attempt), place), page, fail)
 
 
-def _fail(folder: RunFolder, place: Place, error: BaseException) -> NoReturn:
+def _fail(folder: RunFolder, place: Place, cause: Cause) -> NoReturn:
     """Tell the cause, then leave: unwinding the process groups could wait for ranks that will not answer."""
-    folder.write_cause(place.attempt, Cause.of_exception(place.rank, error))
+    folder.write_cause(place.attempt, cause)
     leave_now(1)
 
 

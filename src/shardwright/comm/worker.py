@@ -9,19 +9,27 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from shardwright.comm.board import Board
-from shardwright.comm.cause import Cause, is_echo
+from shardwright.comm.cause import Cause
 from shardwright.comm.job import Job, Place, Source
+from shardwright.comm.mesh import Groups, Mesh
 from shardwright.comm.stop import StopRequest, follow_parent, leave_now, listening
 from shardwright.comm.store import Store, world_store
+from shardwright.comm.watch import MARGIN, StreamWhereabouts, Watch
+from shardwright.comm.whereabouts import SIZE, Page, Whereabouts
 from shardwright.errors import RunError
+from shardwright.layout.mesh import Topology
+from shardwright.units import Seconds
+
+JOINING = Seconds(60.0)  # ranks may be this late to join each other, also where collectives have less time
 
 
 @dataclass(frozen=True)
@@ -34,10 +42,17 @@ class Worker:
     device: torch.device
     stop: StopRequest
     is_local: bool  # all ranks are on this machine, started by our launcher
+    attempt: int = 0  # how often the ranks were started anew
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
+    groups: Groups = field(default_factory=Groups)
+
+    def mesh(self, topology: Topology) -> Mesh:
+        """A topology laid over the job's ranks. Meshes share process groups, and are seen on this rank's page."""
+        return Mesh(topology, self.device, groups=self.groups, whereabouts=self.whereabouts)
 
 
 @contextmanager
-def joined(place: Place, job: Job, stop: StopRequest, store: Store) -> Iterator[Worker]:
+def joined(place: Place, job: Job, stop: StopRequest, store: Store, whereabouts: Whereabouts) -> Iterator[Worker]:
     """This rank in its world. The process group ends with the block, if that ends well.
 
     After an exception it is left as it is: ending it could wait for ranks that will not answer.
@@ -46,16 +61,22 @@ def joined(place: Place, job: Job, stop: StopRequest, store: Store) -> Iterator[
     own = rank_device(place, job.device, shared=backend == "gloo")
     if own.type == "cuda":
         torch.cuda.set_device(own)
+    timeout = job.collective_timeout + (MARGIN if backend == "nccl" else 0)
+    whereabouts.begin("join")
     dist.init_process_group(
         backend=backend,
         store=store,
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timedelta(seconds=job.collective_timeout),
+        timeout=timedelta(seconds=max(timeout, JOINING)),
         device_id=own if backend == "nccl" else None,  # connects now, and names the device of a barrier
     )
     is_local = place.source is Source.LOCAL
-    yield Worker(place.rank, place.local_rank, place.world_size, own, stop, is_local)
+    groups = Groups(timedelta(seconds=timeout))  # else they would have torch's default
+    whereabouts.begin("prepare")
+    yield Worker(
+        place.rank, place.local_rank, place.world_size, own, stop, is_local, place.attempt, whereabouts, groups
+    )
     dist.destroy_process_group()
 
 
@@ -78,11 +99,38 @@ def rank_device(place: Place, device: Literal["cpu", "cuda"], *, shared: bool = 
     return torch.device("cuda", index)
 
 
-def serve(job: Job, place: Place, stop: StopRequest, store: Callable[[], Store]) -> None:
-    """Run the job's program as one rank of the world that meets in `store`."""
+def serve(
+    job: Job,
+    place: Place,
+    stop: StopRequest,
+    store: Callable[[], Store],
+    page: Page,
+    fail: Callable[[Cause], NoReturn],
+) -> None:
+    """Run the job's program as one rank of the world that meets in `store`.
+
+    `page` is where it says its whereabouts. `fail` is called, from another thread, when the program has waited in one
+    collective of NCCL for too long; gloo raises in the program.
+    """
     program = load_program(job.entry)
-    with joined(place, job, stop, store()) as worker:
+    overdue = partial(fail, Cause.of_hang(place.rank, "NCCL did not end it"))
+    with _said(page, job, overdue) as whereabouts, joined(place, job, stop, store(), whereabouts) as worker:
         program(worker, job.arguments)
+
+
+@contextmanager
+def _said(page: Page, job: Job, overdue: Callable[[], NoReturn]) -> Iterator[Whereabouts]:
+    """The whereabouts of this rank, looked at in between where gloo does not."""
+    if job.resolved_backend == "gloo":
+        yield Whereabouts(page)
+        return
+    whereabouts = StreamWhereabouts(page)
+    watch = Watch(whereabouts, job.collective_timeout, overdue)
+    watch.start()
+    try:
+        yield whereabouts
+    finally:
+        watch.close()
 
 
 def load_program(entry: str) -> Callable[[Worker, tuple[str, ...]], Any]:
@@ -110,22 +158,26 @@ def attend(job: Job, place: Place) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         follow_parent(os.getppid())  # torchrun's ranks are in sessions of their own too
     _share_cores(place)
-    board = Board(place)
+    page = bytearray(SIZE)
+    board = Board(place, job.collective_timeout, page)
 
     def store() -> Store:
-        world = world_store(place, job.collective_timeout)
-        board.open(world, job.collective_timeout)
+        world = world_store(place, Seconds(max(job.collective_timeout, JOINING)))
+        board.open(world)
         return world
+
+    def fail(cause: Cause) -> NoReturn:
+        if stop.requested and cause.may_follow:
+            leave_now(stop.exit_code)  # another rank left first
+        board.fail(cause)
 
     with listening(take):
         try:
-            serve(job, place, stop, store)
+            serve(job, place, stop, store, page, fail)
         except BaseException as error:
-            if stop.requested and is_echo(error):
-                leave_now(stop.exit_code)  # another rank left first
             if not (isinstance(error, SystemExit) and not error.code):
-                board.fail(Cause.of_exception(place.rank, error))
-        board.close(job.collective_timeout)
+                fail(Cause.of_exception(place.rank, error))
+        board.close()
     deadline.cancel()
     if stop.requested and place.rank == 0:
         print(f"stopped by {stop.requested}", file=sys.stderr, flush=True)

@@ -190,4 +190,4 @@ def pipeline_traffic(
 def step_traffic(tally: Tally) -> None:
     """What a step itself tells: the number of targets; then loss, norm and stop requests."""
     tally.all_reduce(_SCALAR, DATA_AXES, "loss/count")
-    tally.all_reduce(3 * _SCALAR, AXES, "health")
+    tally.all_reduce(5 * _SCALAR, AXES, "health")

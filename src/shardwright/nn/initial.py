@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -19,6 +21,26 @@ _GOLDEN, _STREAM = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _UNIFORMS = 8
 _CHUNK = 1 << 18  # elements at a time, so that the integers stay in a core's cache
+
+
+class Values(Protocol):
+    """Where the elements of named global tensors come from: a seed, a checkpoint, a Hugging Face directory."""
+
+    def read(self, box: Box, out: torch.Tensor) -> None:
+        """Write a box's elements into `out`, contiguous, of the box's sizes or flat, in any floating dtype and on any
+        device. Raises ShardwrightError where the box's tensor is not there, or has another shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """Initial values: what `fill` writes for a seed."""
+
+    seed: int
+
+    def read(self, box: Box, out: torch.Tensor) -> None:
+        """See `Values`."""
+        fill(out.view(-1), box, self.seed)
 
 
 def _signed(value: int) -> int:

@@ -9,7 +9,7 @@
 5. Units take the parameters, block by block, into flat buffers owned as the ZeRO stage says. This comes last among the
    things that change modules, because a unit's buffer holds whatever parameters a rank is left with. What is owned
    lives where `memory.offload` says, and is updated there.
-6. Every owned element gets its initial value, by name and index, and is published.
+6. Every owned element gets its first value, by name and index, from a seed or from what was saved, and is published.
 7. The executor gets the stages and their states. It knows when what begins and ends; they know what to do then.
 """
 
@@ -27,6 +27,7 @@ from shardwright.comm.mesh import Mesh
 from shardwright.cost.memory import MOMENTS
 from shardwright.nn.decoder import Decoder
 from shardwright.nn.dtypes import torch_dtype
+from shardwright.nn.initial import Seeded, Values
 from shardwright.parallel.compiled import compile_kernels
 from shardwright.parallel.data import DataParallel
 from shardwright.parallel.offload.home import Home, OnDevice
@@ -59,11 +60,13 @@ class Runtime:
     pipeline: Pipeline
 
 
-def compose(plan: Plan, mesh: Mesh, model: nn.Module | None = None) -> Runtime:
+def compose(plan: Plan, mesh: Mesh, model: nn.Module | None = None, values: Values | None = None) -> Runtime:
     """Build a plan's model on a mesh, or lay out a model of the caller's own.
 
+    `values` are what its parameters hold; by default they are made from `train.seed`.
+
     A model of one's own is called as model(tokens, targets) and returns the sum of the loss over targets. It may have
-    been built on the meta device; its values are made anew from `train.seed` in any case. If it has `blocks()`, a list
+    been built on the meta device; its own values are not used in any case. If it has `blocks()`, a list
     of modules in the order of execution that together hold every parameter, each is a unit; else all of it is one. Its
     `tensor_table()` says how it is divided over `tp`. Over `pp` it is cut between blocks, and must be their chain: the
     first is called with the tokens, the others with what the one before gave, [positions, sequences, hidden], and the
@@ -91,7 +94,7 @@ def compose(plan: Plan, mesh: Mesh, model: nn.Module | None = None) -> Runtime:
     storage = Storage(zero, data, dtype, torch_dtype(plan.grad_dtype), mesh.device, home_of(plan, mesh.device))
     shared = shared_with(stages, placement, line)
     states = States(model, {number: stage.blocks for number, stage in own.items()}, storage, shared)
-    states.initialise(plan.spec.train.seed)
+    states.initialise(Seeded(plan.spec.train.seed) if values is None else values)
 
     program = Program(placement, cache(partial(schedule_of, plan)), cache(partial(_evaluation, placement)))
     boundary = Boundary(region, plan.architecture.hidden, dtype, mesh.device)

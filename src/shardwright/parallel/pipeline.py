@@ -182,6 +182,7 @@ class Execution:
 
     def perform(self, action: Action, *, stays: bool = False) -> None:
         """Do one action. `stays`: what follows a forward is its own backward."""
+        self.pipeline.line.axis.ledger.whereabouts.begin(action.in_words)
         if action.kind is Kind.FORWARD:
             self._forward(action.stage, action.microbatch, stays)
         else:

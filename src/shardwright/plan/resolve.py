@@ -6,9 +6,9 @@ from shardwright.errors import LayoutError, RecipeError
 from shardwright.plan.host import check_chunk, check_host
 from shardwright.plan.plan import Device, Plan
 from shardwright.plan.stages import resolve_stages
-from shardwright.plan.supported import check_supported
 from shardwright.plan.world import crossings, resolve_topology
 from shardwright.spec.architecture import Architecture, architecture_notes, nearest_divisors, resolve_architecture
+from shardwright.spec.inherited import inherited_notes
 from shardwright.spec.spec import Spec
 from shardwright.spec.train import Dtype, TrainSpec
 
@@ -43,7 +43,6 @@ def resolve(
     num_microbatches = _num_microbatches(train, topology.dp)
     stages = resolve_stages(architecture, spec, topology, world_size)
     dtype, grad_dtype, notes, warnings = _dtypes(train, device, native_bf16)
-    check_supported(spec)
     notes += _backend_notes(spec, device)
     if spec.run.device == "auto":
         notes.insert(0, f"run.device = {device}: what this machine has")
@@ -66,6 +65,7 @@ def resolve(
             *_schedule_warnings(train),
             *stages.warnings,
             *architecture_notes(spec.model),
+            *inherited_notes(spec.model, architecture),
             *(crossings(topology, local_size, spec.parallel.zero) if local_size else ()),
         ),
     )

@@ -50,6 +50,21 @@ class ValidationRecord:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class SaveRecord:
+    """One checkpoint, a row of checkpoints.jsonl: its bytes on the disk, how long the loop stood still for it, and how
+    long it took until it was complete, with training going on."""
+
+    step: int
+    bytes: Bytes
+    stall: Seconds
+    seconds: Seconds
+
+    def as_json(self) -> dict[str, Any]:
+        """The row."""
+        return asdict(self)
+
+
 _NONE = Bytes(0)
 
 

@@ -55,6 +55,11 @@ class Action:
     def __str__(self) -> str:
         return f"{self.kind}{self.microbatch}@{self.stage}"
 
+    @property
+    def in_words(self) -> str:
+        """As where a rank is seen: B stage 1 microbatch 3."""
+        return f"{self.kind.value} stage {self.stage} microbatch {self.microbatch}"
+
 
 @dataclass(frozen=True)
 class Schedule:

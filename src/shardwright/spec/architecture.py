@@ -9,6 +9,7 @@ from pydantic import ValidationError, model_validator
 from shardwright.errors import RecipeError
 from shardwright.spec.hf_config import read_config
 from shardwright.spec.model import Activation, ModelSpec, Norm, Positions, RopeScaling
+from shardwright.spec.origin import inherited_fields
 from shardwright.spec.presets import PRESETS
 from shardwright.spec.problems import as_recipe_error, nearest
 from shardwright.spec.section import AboveZero, Positive, Section
@@ -144,7 +145,7 @@ def resolve_architecture(
     given = model.model_dump(exclude_none=True, exclude=set(_NOT_ARCHITECTURE))
     fields |= given
     _require_sizes(fields)
-    fields = _defaults(fields, sequence_length) | fields
+    fields = architecture_defaults(fields, sequence_length) | fields
     fields.setdefault("vocab", tokenizer_vocab or expected_vocab)
     if fields["vocab"] is None:
         raise RecipeError(
@@ -164,14 +165,14 @@ def architecture_notes(model: ModelSpec) -> tuple[str, ...]:
 
 
 def _base(model: ModelSpec, sequence_length: int) -> dict[str, Any]:
-    """Fields of the preset or of the config."""
+    """Fields of the preset, of the config, or of the model whose weights are taken."""
     if model.preset and model.config:
         raise RecipeError("model.config: given beside model.preset", "give one of them, and fields over it")
     if model.config:
         longest = max(sequence_length, model.max_positions or 0)
         return read_config(model.config).within_window(longest, limited=model.max_positions is not None)
     if not model.preset:
-        return {}
+        return inherited_fields(model, sequence_length) if model.init_from else {}
     if model.preset not in PRESETS:
         near = nearest(model.preset, PRESETS)
         way_out = f"did you mean {near}?" if near else "one of: " + ", ".join(PRESETS)
@@ -188,7 +189,7 @@ def _require_sizes(fields: dict[str, Any]) -> None:
         )
 
 
-def _defaults(fields: dict[str, Any], sequence_length: int) -> dict[str, Any]:
+def architecture_defaults(fields: dict[str, Any], sequence_length: int) -> dict[str, Any]:
     """Defaults of everything but the sizes that must be given and the vocabulary."""
     hidden, heads = fields["hidden"], fields["heads"]
     if "head_dim" not in fields and hidden % heads:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from shardwright.spec.section import Count, Positive, Section
 
 
 class CheckpointSpec(Section):
     """Saving a run's state."""
 
-    every: Count = 100  # steps; 0: never
+    every: Count = 100  # steps; 0: never, not even at the end
     keep: Positive = 2  # newest checkpoints kept
+    on_error: Literal["continue", "stop"] = "continue"  # when one cannot be written

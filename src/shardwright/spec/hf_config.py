@@ -27,6 +27,7 @@ class ConfigFields:
     fields: dict[str, Any]
     window: int | None
     notes: tuple[str, ...]
+    asked_by: str = "model.config"
 
     def within_window(self, longest: int, *, limited: bool) -> dict[str, Any]:
         """The fields, if no sequence outgrows the window: then it masks nothing that the causal mask leaves.
@@ -37,7 +38,8 @@ class ConfigFields:
         reach = longest if limited else max(longest, self.fields["max_positions"])
         if self.window is not None and self.window < reach:
             raise RecipeError(
-                f"model.config: {self.path}: sliding_window = {self.window} is not built, and sequences reach {reach}",
+                f"{self.asked_by}: {self.path}: sliding_window = {self.window} is not built, and sequences reach "
+                f"{reach}",
                 f"model.max_positions = {self.window} (and no longer train.sequence_length) stays inside the window",
             )
         return dict(self.fields)
@@ -46,9 +48,8 @@ class ConfigFields:
 class _Config:
     """Typed look-ups in a config, with errors that name the file and the key."""
 
-    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
-        self.path = path
-        self.content = content
+    def __init__(self, path: Path, content: Mapping[str, Any], asked_by: str) -> None:
+        self.path, self.content, self.asked_by = path, content, asked_by
 
     def get(self, key: str, kind: type, default: Any = _ABSENT) -> Any:
         """The value of a key; null and absent mean `default`, and without one the key is required."""
@@ -70,14 +71,17 @@ class _Config:
 
     def refusal(self, problem: str, way_out: str) -> RecipeError:
         """A RecipeError about this file."""
-        return RecipeError(f"model.config: {self.path}: {problem}", way_out)
+        return RecipeError(f"{self.asked_by}: {self.path}: {problem}", way_out)
 
 
-def read_config(path: str | Path) -> ConfigFields:
-    """The config at `path`, a config.json or the directory that holds it. Raises RecipeError."""
+def read_config(path: str | Path, asked_by: str = "model.config") -> ConfigFields:
+    """The config at `path`, a config.json or the directory that holds it; `asked_by` is the field that names it.
+
+    Raises RecipeError.
+    """
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
-    config = _Config(file, _load(file))
+    config = _Config(file, _load(file, asked_by), asked_by)
     family = config.get("model_type", str)
     if family not in FAMILIES:
         near = nearest(family, FAMILIES)
@@ -87,21 +91,21 @@ def read_config(path: str | Path) -> ConfigFields:
     fields["init_std"] = config.get("initializer_range", float, 0.02)
     rates = {key: config.get(key, float, 0.0) for key in _DROPOUTS}
     notes = tuple(f"{key} = {rate:g} in {file}: trained without dropout" for key, rate in rates.items() if rate)
-    return ConfigFields(file, fields, _window(config, family), notes)
+    return ConfigFields(file, fields, _window(config, family), notes, asked_by)
 
 
-def _load(file: Path) -> Mapping[str, Any]:
+def _load(file: Path, asked_by: str) -> Mapping[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(
-            f"model.config: {file}: cannot be read: {error.strerror}",
+            f"{asked_by}: {file}: cannot be read: {error.strerror}",
             "give the path of a config.json or of the directory that holds it",
         ) from None
     except ValueError:
-        raise RecipeError(f"model.config: {file}: not JSON", "give the path of a model's config.json") from None
+        raise RecipeError(f"{asked_by}: {file}: not JSON", "give the path of a model's config.json") from None
     if not isinstance(content, dict):
-        raise RecipeError(f"model.config: {file}: not a JSON object", "give the path of a model's config.json")
+        raise RecipeError(f"{asked_by}: {file}: not a JSON object", "give the path of a model's config.json")
     return content
 
 

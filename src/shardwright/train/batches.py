@@ -16,7 +16,11 @@ def global_positions(plan: Plan, step: int) -> range:
 
 def rank_batch(runtime: Runtime, samples: Samples, step: int) -> Batch:
     """This rank's sequences of a step's global batch."""
-    positions = global_positions(runtime.plan, step)
-    per_rank = len(positions) // runtime.mesh.topology.dp
-    first = runtime.mesh.topology.data_index(runtime.mesh.rank) * per_rank
-    return samples.at(positions[first : first + per_rank])
+    return batch_at(runtime, samples, global_positions(runtime.plan, step).start)
+
+
+def batch_at(runtime: Runtime, samples: Samples, position: int) -> Batch:
+    """This rank's sequences of the global batch that begins at a position of the stream."""
+    per_rank = runtime.plan.spec.train.global_batch_size // runtime.mesh.topology.dp
+    first = position + runtime.mesh.topology.data_index(runtime.mesh.rank) * per_rank
+    return samples.at(range(first, first + per_rank))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from shardwright.plan.describe import describe
 from shardwright.plan.plan import Plan
-from shardwright.record.records import MemoryRecord, StepRecord, ValidationRecord
+from shardwright.record.records import MemoryRecord, SaveRecord, StepRecord, ValidationRecord
 from shardwright.train.directory import RunDirectory
 from shardwright.train.loop import Outcome
 from shardwright.units import format_bytes, format_seconds
@@ -26,12 +26,13 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(file=sys.stderr, highlight=False, width=120)
 
 
-def print_plan(plan: Plan, directory: RunDirectory) -> None:
-    """The resolved plan, one line a fact."""
+def print_plan(plan: Plan, directory: RunDirectory, changes: Sequence[str] = ()) -> None:
+    """The resolved plan, one line a fact, and what is asked for otherwise than before."""
     console = make_console()
     table = Table.grid(padding=(0, 2))
-    for label, value in [*describe(plan), ("run", str(directory.path))]:
-        style = "yellow" if label == "warning" else "dim"
+    changed = [("changed", change) for change in changes]
+    for label, value in [*describe(plan), *changed, ("run", str(directory.path))]:
+        style = "yellow" if label in ("warning", "changed") else "dim"
         table.add_row(f"[{style}]{label}[/]", value)
     console.print(table)
     console.print()
@@ -40,7 +41,7 @@ def print_plan(plan: Plan, directory: RunDirectory) -> None:
 class ConsoleProgress:
     """A live bar on a terminal; a line now and then where there is none."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, start: int = 0) -> None:
         train = plan.spec.train
         self._total = min(train.steps, train.stop_after) if train.stop_after else train.steps
         self._console = make_console()
@@ -54,7 +55,7 @@ class ConsoleProgress:
             TimeRemainingColumn(),
         )
         self._progress = Progress(*columns, console=self._console, disable=not self._live)
-        self._task = self._progress.add_task("train", total=self._total, numbers="")
+        self._task = self._progress.add_task("train", total=self._total, completed=start, numbers="")
         self._progress.start()
 
     def on_step(self, record: StepRecord) -> None:
@@ -70,6 +71,15 @@ class ConsoleProgress:
     def on_validation(self, record: ValidationRecord) -> None:
         """See `Observer`."""
         self._console.print(f"step {record.step}  validation loss {record.loss:.4f}")
+
+    def on_save(self, record: SaveRecord) -> None:
+        """See `Observer`."""
+        size, took = format_bytes(record.bytes), format_seconds(record.seconds)
+        self._console.print(f"step {record.step}  saved, {size} in {took}; stood still {format_seconds(record.stall)}")
+
+    def tell(self, text: str) -> None:
+        """Something worth a look, above the bar."""
+        self._console.print(text, style="yellow", soft_wrap=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -15,15 +15,64 @@ from shardwright.optim.optimizers import SGD, AdamW
 from shardwright.optim.schedule import learning_rate
 from shardwright.parallel.compose import Runtime
 from shardwright.record.records import MemoryRecord, StepRecord, ValidationRecord
-from shardwright.train.batches import rank_batch
+from shardwright.train.batches import batch_at
 from shardwright.train.evaluate import evaluate
 from shardwright.train.ledger import StepMemory
-from shardwright.train.step import StepResult, train_step
+from shardwright.train.step import StepResult, Votes, train_step
 from shardwright.units import Seconds
 
 
+@dataclass
+class Standing:
+    """Where training stands: steps done, the next sample of the stream, steps that were skipped because they were not
+    finite, how many of the last ones in a row, and the step after which the last evaluation was."""
+
+    step: int = 0
+    position: int = 0
+    skipped: int = 0
+    nonfinite: int = 0
+    validated: int | None = None
+
+
+class Saving(Protocol):
+    """Saves state beside the steps. `votes` go into each step's reduction, and what they add up to comes back."""
+
+    def votes(self) -> Votes:
+        """This rank's part."""
+        ...
+
+    def heard(self, votes: Votes) -> None:
+        """Their sum. Raises CheckpointError where the run is to end for it."""
+        ...
+
+    def after_step(self, standing: Standing) -> None:
+        """Begin to save, where it is time."""
+        ...
+
+    def finish(self, standing: Standing) -> None:
+        """Save what is not yet saved, and return when it is."""
+        ...
+
+
+class NotSaving:
+    """checkpoint.every = 0."""
+
+    def votes(self) -> Votes:
+        """See `Saving`."""
+        return 0.0, 0.0
+
+    def heard(self, votes: Votes) -> None:
+        """See `Saving`."""
+
+    def after_step(self, standing: Standing) -> None:
+        """See `Saving`."""
+
+    def finish(self, standing: Standing) -> None:
+        """See `Saving`."""
+
+
 class Observer(Protocol):
-    """Is told what happens; progress bars, records and later checkpoints are observers, not lines of the loop."""
+    """Is told what happens; progress bars and records are observers, not lines of the loop."""
 
     def on_step(self, record: StepRecord) -> None:
         """A step has ended."""
@@ -36,7 +85,7 @@ class Observer(Protocol):
 
 @dataclass
 class Outcome:
-    """How a run ended. `memory` is what the rank held in its first step."""
+    """How a run ended: the steps that it did, since it went on. `memory` is what the rank held in the first of them."""
 
     steps: int = 0
     skipped: int = 0
@@ -49,7 +98,8 @@ class Outcome:
 
 @dataclass
 class TrainingLoop:
-    """Runs a plan's steps on a dataset. `stop_requested` is asked once a step; any rank's yes stops all of them."""
+    """Runs a plan's steps on a dataset, from where `standing` says. `stop_requested` is asked once a step; any rank's
+    yes stops all of them."""
 
     runtime: Runtime
     optimizer: AdamW | SGD
@@ -57,40 +107,58 @@ class TrainingLoop:
     observers: Sequence[Observer] = ()
     stop_requested: Callable[[], bool] = lambda: False
     peak_flops: float | str = "unknown"
+    standing: Standing = field(default_factory=Standing)
+    saving: Saving = field(default_factory=NotSaving)
     outcome: Outcome = field(default_factory=Outcome)
 
     def run(self) -> Outcome:
         """All steps of the plan, or up to `train.stop_after`, with evaluations before, between and after them."""
         train, began = self.runtime.plan.spec.train, time.perf_counter()
         last = min(train.steps, train.stop_after) if train.stop_after else train.steps
-        nonfinite = 0
-        self._validate(0)
-        for step in range(last):
-            result = self._step(step)
-            nonfinite = 0 if result.applied else nonfinite + 1
-            self.outcome.skipped += not result.applied
-            self.outcome.steps = step + 1
-            if nonfinite >= train.max_nonfinite_steps:
-                raise _diverged(result, step + 1, nonfinite)
+        standing, first = self.standing, self.standing.step
+        if standing.validated != first and (first == 0 or self._is_validated(first)):
+            self._validate(first)
+        while standing.step < last:
+            result = self._step(measured=standing.step == first)
+            self._stand(result)
+            if standing.nonfinite >= train.max_nonfinite_steps:
+                raise _diverged(result, standing.step, standing.nonfinite)
+            self.saving.heard(result.votes)
             if result.stop:
                 self.outcome.stopped = True
                 break
-            if step + 1 == last or (self._every and (step + 1) % self._every == 0):
-                self._validate(step + 1)
+            if standing.step == last or self._is_validated(standing.step):
+                self._validate(standing.step)
+            self.runtime.mesh.whereabouts.begin("save")
+            self.saving.after_step(standing)
+        self.runtime.mesh.whereabouts.begin("save")
+        self.saving.finish(standing)
         self.runtime.states.finish()
+        self.outcome.steps = standing.step - first
         self.outcome.seconds = time.perf_counter() - began
         return self.outcome
 
-    @property
-    def _every(self) -> int:
-        return self.runtime.plan.spec.data.eval_every
+    def _stand(self, result: StepResult) -> None:
+        """Count a step."""
+        self.standing.step += 1
+        self.standing.position += self.runtime.plan.spec.train.global_batch_size
+        self.standing.nonfinite = 0 if result.applied else self.standing.nonfinite + 1
+        self.standing.skipped += not result.applied
+        self.outcome.skipped += not result.applied
 
-    def _step(self, step: int) -> StepResult:
-        plan, began = self.runtime.plan, time.perf_counter()
-        batch = rank_batch(self.runtime, self.dataset.train, step)
+    def _is_validated(self, step: int) -> bool:
+        """Whether the loss on held-out text is taken after so many steps, whichever is the last."""
+        every = self.runtime.plan.spec.data.eval_every
+        return bool(every) and step % every == 0
+
+    def _step(self, *, measured: bool) -> StepResult:
+        plan, began, step = self.runtime.plan, time.perf_counter(), self.standing.step
+        self.runtime.mesh.whereabouts.begin(f"step {step + 1}")
+        batch = batch_at(self.runtime, self.dataset.train, self.standing.position)
         lr = learning_rate(plan.spec.train, step)
-        with StepMemory(self.runtime, self.optimizer) if step == 0 else nullcontext() as memory:
-            result = train_step(self.runtime, self.optimizer, batch, lr, stop=self.stop_requested())
+        with StepMemory(self.runtime, self.optimizer) if measured else nullcontext() as memory:
+            votes, stop = self.saving.votes(), self.stop_requested()
+            result = train_step(self.runtime, self.optimizer, batch, lr, stop=stop, votes=votes)
         if memory is not None:
             self.outcome.memory = memory.record
         seconds = time.perf_counter() - began
@@ -115,9 +183,11 @@ class TrainingLoop:
     def _validate(self, step: int) -> None:
         if self.dataset.validation is None:
             return
+        self.runtime.mesh.whereabouts.begin("validation")
         record = evaluate(self.runtime, self.dataset.validation, step)
         self.outcome.first_validation = self.outcome.first_validation or record
         self.outcome.last_validation = record
+        self.standing.validated = step
         for observer in self.observers:
             observer.on_validation(record)
 

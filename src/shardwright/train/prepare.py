@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,16 +22,39 @@ from shardwright.plan.resolve import resolve
 from shardwright.plan.world import local_world_size
 from shardwright.spec.load import load
 from shardwright.spec.spec import Spec
+from shardwright.train.changes import changes_since, earlier_run
 from shardwright.train.console import print_plan
 from shardwright.train.directory import RunDirectory
 
 
 @dataclass(frozen=True)
+class Request:
+    """What was asked of `train`: a recipe with overrides, where to run it (None: a new directory), and whether to go on
+    from what was saved there."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    run_dir: str | None = None
+    resume: bool = False
+
+    def to_json(self) -> str:
+        """The request as a rank gets it."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Request:
+        """The request that `to_json` wrote."""
+        fields = json.loads(text)
+        return Request(**fields | {"overrides": tuple(fields["overrides"])})
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """A plan and the directory of its run."""
+    """A plan and the directory of its run; `resume` says to go on from what was saved there, if anything was."""
 
     plan: Plan
     directory: RunDirectory
+    resume: bool = False
 
 
 def open_data(spec: Spec, vocab: int | None = None, progress: Report | None = None) -> Dataset:
@@ -51,14 +74,13 @@ def open_data(spec: Spec, vocab: int | None = None, progress: Report | None = No
     )
 
 
-def prepare_run(
-    recipe: str, overrides: Sequence[str], run_dir: str | None, world_size: int | None, device: str
-) -> Prepared:
+def prepare_run(request: Request, world_size: int | None, device: str) -> Prepared:
     """Everything a run needs before its ranks start, checked in the order in which a user can mend it.
 
     `world_size` None: as many ranks as the recipe asks for or this machine fills. Raises ShardwrightError.
     """
-    spec = load(recipe, overrides)
+    earlier = earlier_run(request.recipe, request.run_dir) if request.resume else None
+    spec = _spec_of(request, earlier)
     if world_size is None:
         world_size = local_world_size(spec, cores=num_cores(), gpus=torch.cuda.device_count())
     # Before the text is cut into tokens, which can take long, whatever is wrong with the layout shows already.
@@ -67,9 +89,20 @@ def prepare_run(
     vocab = None if spec.data.corpus == "random" else _open_showing_progress(spec).vocab
     plan = plan_for(spec, world_size, device, vocab)
     check_host(plan, _ranks_here(world_size), available_memory())
-    directory = RunDirectory.create(Path(run_dir) if run_dir else None, Path(recipe), plan)
-    print_plan(plan, directory)
-    return Prepared(plan, directory)
+    changes = changes_since(earlier, plan) if earlier is not None else ()
+    asked = earlier.path if earlier is not None else Path(request.run_dir) if request.run_dir else None
+    directory = RunDirectory.create(asked, Path(request.recipe), plan, again=earlier is not None)
+    print_plan(plan, directory, changes)
+    return Prepared(plan, directory, resume=earlier is not None)
+
+
+def _spec_of(request: Request, earlier: RunDirectory | None) -> Spec:
+    """The recipe. A run that goes on has its weights, and asks no more for the directory that they once came from."""
+    spec = load(request.recipe, request.overrides)
+    saved = earlier.newest_checkpoint() if earlier is not None else None
+    if saved is None or not spec.model.init_from or Path(spec.model.init_from).expanduser().exists():
+        return spec
+    return load(request.recipe, (*request.overrides, f"model.init_from={saved.resolve()}"))
 
 
 def plan_for(spec: Spec, world_size: int, device: str, vocab: int | None) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,24 +16,27 @@ from shardwright.cost.hardware import peak_flops
 from shardwright.data.dataset import Dataset
 from shardwright.errors import DataError
 from shardwright.layout.mesh import Topology
-from shardwright.optim.optimizers import make_optimizer
-from shardwright.parallel.compose import compose
 from shardwright.plan.communication import estimated_communication
 from shardwright.plan.memory import estimated_memory
 from shardwright.plan.plan import Plan
-from shardwright.record.records import MemoryRecord, StepRecord, ValidationRecord
-from shardwright.record.store import JsonLines, read_json, write_json
-from shardwright.train.console import ConsoleProgress, print_summary
+from shardwright.record.records import MemoryRecord, SaveRecord, StepRecord, ValidationRecord
+from shardwright.record.store import JsonLines, read_json, read_lines, write_json
+from shardwright.train.console import ConsoleProgress, make_console, print_summary
 from shardwright.train.directory import RunDirectory
-from shardwright.train.loop import Observer, Outcome, TrainingLoop
-from shardwright.train.prepare import Prepared, open_data, prepare_run
+from shardwright.train.loop import NotSaving, Observer, Outcome, TrainingLoop
+from shardwright.train.prepare import Prepared, Request, open_data, prepare_run
+from shardwright.train.saving import Checkpoints
+from shardwright.train.start import start
 
 
 class Records:
-    """Writes steps.jsonl and validation.jsonl, and keeps the step records for the summary."""
+    """Writes steps.jsonl, validation.jsonl and checkpoints.jsonl, and keeps the step records for the summary."""
 
     def __init__(self, directory: RunDirectory) -> None:
+        earlier = list(read_lines(directory.validation)) if directory.validation.exists() else []
+        self.first_validation = ValidationRecord(**earlier[0]) if earlier else None
         self._steps, self._validation = JsonLines(directory.steps), JsonLines(directory.validation)
+        self._saves = JsonLines(directory.saves)
         self.steps: list[StepRecord] = []
 
     def on_step(self, record: StepRecord) -> None:
@@ -44,22 +48,27 @@ class Records:
         """See `Observer`."""
         self._validation.append(record.as_json())
 
+    def on_save(self, record: SaveRecord) -> None:
+        """A checkpoint is complete."""
+        self._saves.append(record.as_json())
+
 
 def main(worker: Worker, arguments: tuple[str, ...]) -> None:
-    """Train as one rank. `arguments`: a run directory that is ready or "", the recipe, and for a directory still to be
-    made the one asked for or "" and the overrides."""
-    directory, recipe, run_dir, *overrides = arguments
+    """Train as one rank. `arguments`: a run directory that is ready or "", and what was asked for."""
+    directory, request = arguments[0], Request.from_json(arguments[1])
     if directory:
-        prepared = Prepared(RunDirectory(Path(directory)).read_plan(), RunDirectory(Path(directory)))
+        own = RunDirectory(Path(directory))
+        prepared = Prepared(own.read_plan(), own, request.resume)
     else:
-        prepared = _prepare_together(worker, recipe, run_dir, overrides)
-    plan = prepared.plan
+        prepared = _prepare_together(worker, request)
+    if worker.attempt:  # the ranks were started anew: what the last ones saved is in the directory
+        prepared = replace(prepared, resume=True)
     if worker.device.type == "cpu":
         keep_freed_memory()
-    dataset = open_data(plan.spec, plan.architecture.vocab)
-    mesh = Mesh(plan.topology, worker.device)
+    dataset = open_data(prepared.plan.spec, prepared.plan.architecture.vocab)
+    mesh = worker.mesh(prepared.plan.topology)
     _check_same_data(dataset, mesh)
-    _train(worker, prepared, dataset, mesh, recipe)
+    _train(worker, prepared, dataset, mesh, request.recipe)
 
 
 def _check_same_data(dataset: Dataset, mesh: Mesh) -> None:
@@ -72,43 +81,72 @@ def _check_same_data(dataset: Dataset, mesh: Mesh) -> None:
         )
 
 
-def _prepare_together(worker: Worker, recipe: str, run_dir: str, overrides: list[str]) -> Prepared:
+def _prepare_together(worker: Worker, request: Request) -> Prepared:
     """In a job that others started, rank 0 resolves the plan and makes the directory, and tells the others."""
-    world = Mesh(Topology(replicate=worker.world_size), worker.device).world
+    world = worker.mesh(Topology(replicate=worker.world_size)).world
+    if worker.attempt and request.run_dir:  # not in a directory that another run of the recipe may be using
+        request = replace(request, resume=True)
     text = None
     if worker.rank == 0:
-        made = prepare_run(recipe, overrides, run_dir or None, worker.world_size, worker.device.type)
-        text = json.dumps({"plan": made.plan.model_dump(mode="json"), "directory": str(made.directory.path.resolve())})
+        made = prepare_run(request, worker.world_size, worker.device.type)
+        directory = str(made.directory.path.resolve())
+        text = json.dumps({"plan": made.plan.model_dump(mode="json"), "directory": directory, "resume": made.resume})
     told = json.loads(broadcast_text(text, world, worker.device))
-    return Prepared(Plan.model_validate(told["plan"]), RunDirectory(Path(told["directory"])))
+    return Prepared(Plan.model_validate(told["plan"]), RunDirectory(Path(told["directory"])), told["resume"])
 
 
 def _train(worker: Worker, prepared: Prepared, dataset: Dataset, mesh: Mesh, recipe: str) -> None:
     plan, directory = prepared.plan, prepared.directory
-    runtime = compose(plan, mesh)
-    optimizer = make_optimizer(plan.spec.train, runtime.states.owned_tensors())
+    tell = Teller(mesh.rank == 0)
+    begin = start(plan, directory, mesh, dataset, resume=prepared.resume, tell=tell)
     observers: list[Observer] = []
     records = progress = None
     if mesh.rank == 0:
-        records, progress = Records(directory), ConsoleProgress(plan)
+        records, progress = Records(directory), ConsoleProgress(plan, begin.standing.step)
+        tell.progress = progress
         observers = [records, progress]
+
+    def saved(record: SaveRecord) -> None:
+        for observer in (records, progress):
+            if observer is not None:
+                observer.on_save(record)
+
     loop = TrainingLoop(
-        runtime,
-        optimizer,
+        begin.runtime,
+        begin.optimizer,
         dataset,
         observers,
         stop_requested=lambda: worker.stop.requested is not None,
         peak_flops=peak_flops(_device_name(worker.device), plan.dtype),
+        standing=begin.standing,
+        saving=Checkpoints(begin, directory, dataset, saved, tell) if plan.spec.checkpoint.every else NotSaving(),
     )
     try:
         outcome = loop.run()
     finally:
         if progress is not None:
             progress.close()
-    _write_ledgers(directory, runtime.mesh, plan, outcome)
+    mesh.whereabouts.begin("records")
+    _write_ledgers(directory, mesh, plan, outcome)
     barrier(mesh.world)
     if records is not None:
+        outcome.first_validation = records.first_validation or outcome.first_validation
         print_summary(recipe, directory, outcome, records.steps, _read_ledgers(directory, plan))
+
+
+class Teller:
+    """Says on rank 0 alone what a person should know: above the progress bar, once there is one."""
+
+    def __init__(self, speaks: bool) -> None:
+        self._speaks = speaks
+        self.progress: ConsoleProgress | None = None
+
+    def __call__(self, text: str) -> None:
+        """Print a line."""
+        if self.progress is not None:
+            self.progress.tell(text)
+        elif self._speaks:
+            make_console().print(text, style="yellow", soft_wrap=True)
 
 
 def _device_name(device: torch.device) -> str:

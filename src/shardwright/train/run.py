@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from shardwright.comm.job import Job, found_job
 from shardwright.comm.launch import run
 from shardwright.comm.machine import default_device
 from shardwright.spec.load import load
-from shardwright.train.prepare import prepare_run
+from shardwright.train.prepare import Request, prepare_run
 
 _ENTRY = "shardwright.train.rank"
 
 
-def train(recipe: str, overrides: Sequence[str] = (), run_dir: str | None = None) -> int:
-    """Train a recipe and return the exit code. Raises ShardwrightError for what can be refused before ranks start."""
+def train(recipe: str, overrides: Sequence[str] = (), run_dir: str | None = None, *, resume: bool = False) -> int:
+    """Train a recipe and return the exit code. Raises ShardwrightError for what can be refused before ranks start.
+
+    `resume` goes on from the newest good checkpoint of `run_dir`, or of the recipe's newest run; where there is no run
+    yet, one is started.
+    """
+    request = Request(recipe, tuple(overrides), run_dir, resume)
     spec = load(recipe, overrides)
     device = default_device() if spec.run.device == "auto" else spec.run.device
     place = found_job()
     if place is None:
-        prepared = prepare_run(recipe, overrides, run_dir, None, device)
-        world_size, arguments = prepared.plan.world_size, (str(prepared.directory.path), recipe, "")
+        prepared = prepare_run(request, None, device)
+        world_size, directory = prepared.plan.world_size, str(prepared.directory.path)
+        request = replace(request, resume=prepared.resume)
     else:
-        world_size, arguments = place.world_size, ("", recipe, run_dir or "", *overrides)
+        world_size, directory = place.world_size, ""
     job = Job(
         world_size=world_size,
         entry=_ENTRY,
-        arguments=arguments,
+        arguments=(directory, request.to_json()),
         device="cuda" if device == "cuda" else "cpu",
         backend=spec.run.backend,
         max_restarts=spec.run.max_restarts,

@@ -14,6 +14,9 @@ from shardwright.data.batch import Batch
 from shardwright.optim.owned import Optimizer
 from shardwright.parallel.compose import Runtime
 
+Votes = tuple[float, float]
+"""Two numbers of each rank that ride in the step's reduction: how a save that is under way goes."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -21,7 +24,7 @@ class StepResult:
 
     loss: mean over the global batch's targets. grad_norm: global, before clipping. num_tokens: tokens of the global
     batch. applied: whether parameters were updated; a step whose loss or norm is not finite is not. stop: whether some
-    rank was asked to stop.
+    rank was asked to stop. votes: the ranks' votes, summed.
     """
 
     loss: float
@@ -31,6 +34,7 @@ class StepResult:
     lr: float
     applied: bool
     stop: bool
+    votes: Votes
 
 
 def to_device(batch: Batch, micro_batch_size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -48,20 +52,21 @@ def count_targets(batch: Batch, runtime: Runtime) -> Tensor:
 
 @dataclass(frozen=True)
 class Health:
-    """Loss, squared norm and stop requests, summed over the world in one reduction that all ranks read alike."""
+    """Loss, squared norm, stop requests and votes, summed over the world in one reduction that all ranks read alike."""
 
     loss: float
     grad_norm: float
     stop: bool
+    votes: Votes
 
     @staticmethod
-    def check(runtime: Runtime, loss: Tensor, stop: bool) -> Health:
+    def check(runtime: Runtime, loss: Tensor, stop: bool, votes: Votes) -> Health:
         """Sum what each rank contributes."""
-        flag = torch.tensor(float(stop), dtype=torch.float64, device=runtime.mesh.device)
-        scalars = torch.stack([loss.double(), runtime.states.squared_norm(), flag])
+        flags = torch.tensor([stop, *votes], dtype=torch.float64, device=runtime.mesh.device)
+        scalars = torch.cat([torch.stack([loss.double(), runtime.states.squared_norm()]), flags])
         all_reduce(scalars, runtime.mesh.world, reason="health").wait()
-        total_loss, squared, stops = scalars.tolist()
-        return Health(total_loss, math.sqrt(squared) if squared >= 0 else math.nan, stops > 0)
+        total_loss, squared, stops, *sums = scalars.tolist()
+        return Health(total_loss, math.sqrt(squared) if squared >= 0 else math.nan, stops > 0, (sums[0], sums[1]))
 
     @property
     def finite(self) -> bool:
@@ -83,6 +88,7 @@ def train_step(
     lr: float,
     *,
     stop: bool = False,
+    votes: Votes = (0.0, 0.0),
     before_update: Callable[[float], None] | None = None,
 ) -> StepResult:
     """One optimizer step on this rank's part of a global batch.
@@ -93,13 +99,15 @@ def train_step(
     num_targets = count_targets(batch, runtime)
     microbatches = to_device(batch, train.micro_batch_size, runtime.mesh.device)
     loss = runtime.pipeline.run(microbatches, 1.0 / num_targets.clamp(min=1))
+    runtime.mesh.whereabouts.begin("gradients")
     runtime.states.collect_gradients()
-    health = Health.check(runtime, loss, stop)
+    health = Health.check(runtime, loss, stop, votes)
     scale = clip_scale(health.grad_norm, train.max_grad_norm)
     targets = int(num_targets)  # here, where the host has just waited for the device, and not behind the update
     if before_update is not None:
         before_update(scale)
     if health.finite:
+        runtime.mesh.whereabouts.begin("update")
         runtime.states.update(optimizer, lr, scale)
     return StepResult(
         loss=health.loss,
@@ -109,4 +117,5 @@ def train_step(
         lr=lr,
         applied=health.finite,
         stop=health.stop,
+        votes=health.votes,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shardwright.comm.mesh import Groups, Mesh
 from shardwright.comm.worker import Worker
 from shardwright.plan.plan import Plan
 from shardwright.record.store import read_json
@@ -13,8 +12,8 @@ from shardwright.verify.trace import trace_layout, write_trace
 
 def main(worker: Worker, arguments: tuple[str, ...]) -> None:
     """`arguments` are the number of steps, then folders that hold a plan.json each."""
-    steps, groups = int(arguments[0]), Groups()
+    steps = int(arguments[0])
     for folder in map(Path, arguments[1:]):
         plan = Plan.model_validate(read_json(folder / "plan.json"))
-        mesh = Mesh(plan.topology, worker.device, groups=groups)
+        mesh = worker.mesh(plan.topology)
         write_trace(folder, mesh.rank, trace_layout(plan, mesh, steps))

@@ -21,10 +21,10 @@ _PORTABLE = 1  # pinned for every context of the process
 
 
 class HostMemory:
-    """Flat tensors on the host for the state of one device."""
+    """Flat tensors on the host for the state of one device; `field` is what asks for them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._pinned = device.type == "cuda"
+    def __init__(self, device: torch.device, field: str = "memory.offload") -> None:
+        self._pinned, self._field = device.type == "cuda", field
         self._registered: list[Tensor] = []
         if self._pinned:
             # The list outlives this object in the finalizer, so that memory is freed after it was unregistered.
@@ -41,7 +41,7 @@ class HostMemory:
         failed = int(_cudart().cudaHostRegister(pages.data_ptr(), padded, _PORTABLE))
         if failed:
             raise RunError(
-                f"memory.offload: CUDA could not pin {format_bytes(padded)} of host memory (cudaError {failed})",
+                f"{self._field}: CUDA could not pin {format_bytes(padded)} of host memory (cudaError {failed})",
                 "raise the limit of locked memory (ulimit -l), or own less on each host",
             )
         self._registered.append(pages)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwright.nn.initial import Values
 from shardwright.optim.owned import Optimizer, OwnedTensor
 from shardwright.parallel.sink import GradientSink, Write, defers, fills_sinks
 from shardwright.parallel.zero.membership import Shared, Storage, make_units
@@ -334,10 +335,10 @@ class States:
         """What this rank updates, in the order of the blocks, once no update is under way."""
         return [unit.owned_tensor() for unit in self.units]
 
-    def initialise(self, seed: int) -> None:
-        """Give every owned element its initial value."""
+    def initialise(self, source: Values) -> None:
+        """Give every owned element its first value."""
         for unit in self.units:
-            unit.initialise(seed)
+            unit.initialise(source)
 
     def update(self, optimizer: Optimizer, lr: float, gradient_scale: float) -> None:
         """Update what this rank owns, where it lives. What lies on the way from there to whole parameters may be still

@@ -18,7 +18,7 @@ from shardwright.comm.line import exchange_sum
 from shardwright.layout.box import Piece, cut
 from shardwright.layout.chunk import UPDATE_ELEMENTS
 from shardwright.layout.flat import FlatLayout, Member, Slot
-from shardwright.nn.initial import fill
+from shardwright.nn.initial import Values
 from shardwright.optim.owned import OwnedTensor
 from shardwright.parallel.data import DataParallel, Twin
 from shardwright.parallel.offload.home import Home
@@ -97,8 +97,8 @@ class Unit:
 
     # Parameters
 
-    def initialise(self, seed: int) -> None:
-        """Fill the owned range by name and element index, then make the parameters whole where they rest so."""
+    def initialise(self, source: Values) -> None:
+        """Fill the owned range, then make the parameters whole where they rest so."""
         pieces, length = self.owned_pieces, self.masters.numel()
         for begin in range(0, length, UPDATE_ELEMENTS):
             window = slice(begin, min(begin + UPDATE_ELEMENTS, length))
@@ -106,7 +106,7 @@ class Unit:
             # Made where the parameters are, which under offload is faster than where the masters are.
             values = masters if masters.device == own.device else torch.zeros_like(masters, device=own.device)
             for piece in cut(pieces, window.start, window.stop):
-                fill(values[piece.start : piece.stop], piece.box, seed)
+                source.read(piece.box, values[piece.start : piece.stop])
             if values is not masters:
                 masters.copy_(values)
             if self.masters is not self.owned_values:
