@@ -1,5 +1,7 @@
 """A training loop of one's own: python examples/own_loop.py, or torchrun --nproc-per-node 2 examples/own_loop.py."""
 
+from pathlib import Path
+
 import shardwright.api as sw
 
 RECIPE = {
@@ -24,8 +26,9 @@ def main(worker: sw.Worker, arguments: tuple[str, ...]) -> None:
             print(f"step {step + 1}  loss {result.loss:.4f}  gradient norm {result.grad_norm:.3f}", flush=True)
     assert data.validation is not None
     record = sw.evaluate(runtime, data.validation, spec.train.steps)
+    saved = sw.save(Path("own-loop"), runtime, optimizer, step=spec.train.steps)
     if mesh.rank == 0:
-        print(f"validation loss {record.loss:.4f}", flush=True)
+        print(f"validation loss {record.loss:.4f}, saved in {saved}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ A program is a module with `main(worker, arguments)`; `sw.run(sw.Job(world_size=
 
 from __future__ import annotations
 
+from shardwright.checkpoint.load import Checkpoint
+from shardwright.checkpoint.save import save
 from shardwright.comm.job import Job
 from shardwright.comm.launch import run
 from shardwright.comm.mesh import Mesh
@@ -37,6 +39,7 @@ from shardwright.verify.run import verify
 __all__ = [
     "IGNORED",
     "Batch",
+    "Checkpoint",
     "Colwise",
     "Dataset",
     "Declaration",
@@ -68,6 +71,7 @@ __all__ = [
     "plan_for",
     "rank_batch",
     "run",
+    "save",
     "train",
     "train_step",
     "verify",

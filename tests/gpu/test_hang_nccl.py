@@ -49,7 +49,7 @@ def test_the_stream_s_collective_is_told_and_not_where_the_host_is(command: tupl
 
 
 def test_a_process_that_the_watchdog_ended_is_seen_too() -> None:
-    done = run("absent", ONLY_WATCHDOG="1")
+    done = run("absent", ONLY_WATCHDOG="1", TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC="1000")
     assert done.returncode == 1
     assert told(done.stderr)[:2] == TOLD
 

@@ -54,14 +54,16 @@ def replace_body(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable], N
 )
 def test_train(shardwright, replace_body, arguments: list[str]) -> None:
     seen = []
-    replace_body("train", lambda *given: seen.append(given) or 3)
+    replace_body("train", lambda *given, resume: seen.append((*given, resume)) or 3)
     assert shardwright("train", *arguments) == 3
-    assert seen == [("r.toml", ["parallel.dp=2", "train.steps=5"], "d")]
+    assert shardwright("train", *arguments, "--resume") == 3
+    overrides = ["parallel.dp=2", "train.steps=5"]
+    assert seen == [("r.toml", overrides, "d", False), ("r.toml", overrides, "d", True)]
 
 
 def test_train_defaults(shardwright, replace_body) -> None:
     seen = []
-    replace_body("train", lambda *given: seen.append(given) or 0)
+    replace_body("train", lambda *given, **_: seen.append(given) or 0)
     assert shardwright("train", "r.toml") == 0
     assert seen == [("r.toml", [], None)]
 
@@ -75,7 +77,7 @@ def test_verify(shardwright, replace_body) -> None:
 
 
 def test_an_error_is_printed_once_without_a_traceback(shardwright, replace_body, capsys) -> None:
-    def refuse(*_: object) -> int:
+    def refuse(*_: object, **__: object) -> int:
         raise RunError("runs/a: already holds a run", "give --resume to go on with it")
 
     replace_body("train", refuse)
@@ -86,7 +88,7 @@ def test_an_error_is_printed_once_without_a_traceback(shardwright, replace_body,
 
 
 def test_interruption_is_130(shardwright, replace_body) -> None:
-    def interrupt(*_: object) -> int:
+    def interrupt(*_: object, **__: object) -> int:
         raise KeyboardInterrupt
 
     replace_body("train", interrupt)
@@ -94,7 +96,7 @@ def test_interruption_is_130(shardwright, replace_body) -> None:
 
 
 def test_a_defect_keeps_its_traceback(replace_body, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace_body("train", lambda *_: 1 // 0)
+    replace_body("train", lambda *_, **__: 1 // 0)
     monkeypatch.setattr(sys, "argv", ["shardwright", "train", "r.toml"])
     with pytest.raises(ZeroDivisionError):
         command.main()

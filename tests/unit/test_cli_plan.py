@@ -105,7 +105,7 @@ def test_a_pipeline(recipe: str, planned) -> None:
         "sent in a step by the rank that sends most for it, estimated",
         "for       axis   rank  calls  bytes",
         "pipeline  pp        0      8  8 MiB",
-        "other     world     0      1   24 B",
+        "other     world     0      1   40 B",
     ]
 
 

@@ -105,7 +105,7 @@ class Event:
 
     made: list[Event]
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         self.made.append(self)
         self.passed = False
 
@@ -119,7 +119,7 @@ class Event:
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     Event.made = []
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "Event", Event)
     return Event.made
 
 
@@ -139,10 +139,11 @@ def test_a_gpu_is_where_its_oldest_event_is(events: list[Event], tmp_path: Path)
     events[1].passed = True
     assert whereabouts.look() == 0
     assert Sighting.of(whereabouts.page).doing == "update"
-    for _ in range(5):
+    for _ in range(1000):
         ledger.call("all_gather", "shard", "zero/third").wait([])
-        events[-1].passed = True
-    assert len(events) <= 4, "events are used again"
+        for event in events:
+            event.passed = True
+    assert len(events) < 100, "events are used again"
 
 
 def test_a_watch_says_when_a_rank_has_stood_too_long(events: list[Event]) -> None:

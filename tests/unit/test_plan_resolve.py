@@ -219,17 +219,10 @@ def test_recipe_refusals(arguments: dict, message: str) -> None:
     assert refusal(RecipeError, **arguments) == message
 
 
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        (
-            {"model": {"init_from": "x"}},
-            'model.init_from: "x" is not built yet\n  this version runs without model.init_from',
-        ),
-    ],
-)
-def test_not_built_yet(sections: dict, message: str) -> None:
-    assert refusal(LayoutError, **sections) == message
+def test_weights_that_are_not_there() -> None:
+    assert refusal(RecipeError, model={"init_from": "x"}) == (
+        "model.init_from: x: no such directory\n  give a checkpoint, a run directory or a Hugging Face directory"
+    )
 
 
 def test_ranks_that_share_gpus_are_told() -> None:
@@ -267,6 +260,7 @@ def test_describe() -> None:
         "precision": "bf16, gradients fp32",
         "zero": "1: optimizer state sharded over 2 ranks",
         "train": "150 steps of adamw, lr 0.001 cosine",
+        "saves": "every 100 steps, 8.17 MiB each, the newest 2 kept; ranks keep as much host memory, shared among them",
         "decided": "",
     }
     assert [value for label, value in lines if label == "decided"] == list(made.decisions)

@@ -19,7 +19,7 @@ from shardwright.checkpoint.load import Checkpoint
 from shardwright.checkpoint.manifest import WEIGHTS, Training
 from shardwright.checkpoint.resume import newest_good
 from shardwright.checkpoint.save import Saver
-from shardwright.checkpoint.state import num_updates, restore_moments
+from shardwright.checkpoint.state import num_updates
 from shardwright.data.samples import RandomSamples
 from shardwright.layout.box import Box
 from shardwright.optim.optimizers import SGD, AdamW, make_optimizer
@@ -67,7 +67,7 @@ def drive(place: Place, plan: Plan, folder: Path, steps: int, save_after: int | 
     if checkpoint is not None:
         training = checkpoint.manifest.training
         assert training is not None
-        restore_moments(runtime, optimizer, {kind: checkpoint.kind(kind) for kind in optimizer.names}, training)
+        checkpoint.restore(runtime, optimizer)
         step, position = training.step, training.position
     saver = Saver(CheckpointFolder(folder), runtime, optimizer, folder / "no companions")
     samples = RandomSamples(plan.architecture.vocab, plan.sequence_length, seed=5)
@@ -135,8 +135,10 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, "fp32") for case in SAME] + [(case, "bf16") for case in ("zero3", "3d", "state", "update")],
+)
 def test_ten_steps_and_ten_more_are_twenty(pool: Pool, tmp_path: Path, case: str, dtype: str) -> None:
     parallel, offload = SAME[case]
     model = LLAMA | {"layers": 4, "kv_heads": 6, "tied_embeddings": True}

@@ -12,10 +12,12 @@ from torch import Tensor
 from shardwright.checkpoint.files import TensorFile, require_file, sha256_of
 from shardwright.checkpoint.manifest import WEIGHTS, Manifest, StoredFile, read_manifest
 from shardwright.checkpoint.snapshot import file_name
-from shardwright.checkpoint.state import RANDOM_STATES
+from shardwright.checkpoint.state import RANDOM_STATES, restore_moments
 from shardwright.errors import CheckpointError
 from shardwright.layout.box import Box
 from shardwright.nn.initial import Values
+from shardwright.optim.optimizers import SGD, AdamW
+from shardwright.parallel.compose import Runtime
 from shardwright.spec.origin import COMPANIONS, origin_of
 
 _ANOTHER = "use another checkpoint, or another copy of this one"
@@ -86,6 +88,14 @@ class Checkpoint:
         for file, entry, box in self.manifest.boxes():
             found.setdefault((entry.kind, entry.name), []).append(_Stored(file, entry.key, box))
         return found
+
+    def restore(self, runtime: Runtime, optimizer: AdamW | SGD) -> None:
+        """Give an optimizer the state that was saved, on whatever layout. Raises CheckpointError for weights alone, and
+        where another optimizer was saved."""
+        training = self.manifest.training
+        if training is None:
+            raise CheckpointError(f"{self.path}: holds weights alone", "start with a fresh optimizer")
+        restore_moments(runtime, optimizer, {kind: self.kind(kind) for kind in optimizer.names}, training)
 
     def random_states(self, rank: int) -> list[tuple[str, Tensor]]:
         """The random state that a rank wrote."""

@@ -28,7 +28,7 @@ from shardwright.checkpoint.files import DTYPE_NAMES, require_file
 from shardwright.errors import CheckpointError, ShardwrightError
 from shardwright.layout.box import Box, GlobalTensor
 from shardwright.spec.architecture import Architecture
-from shardwright.spec.origin import MANIFEST
+from shardwright.spec.origin import MANIFEST, MOST_BYTES
 from shardwright.spec.section import Count, Positive, Section
 from shardwright.spec.train import Dtype
 
@@ -46,7 +46,6 @@ _Corners = defaultdict[tuple[int, ...], int]
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_MOST_BYTES = 4 << 30
 _MOST_TOLD = 300  # characters of what a damaged manifest says
 _WAY_OUT = "use another checkpoint, or another copy of this one"
 
@@ -202,7 +201,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{directory}: not a complete checkpoint: it has no {MANIFEST}", _WAY_OUT)
     require_file(path)
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        if path.stat().st_size > MOST_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes are no manifest", _WAY_OUT)
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except OSError as error:

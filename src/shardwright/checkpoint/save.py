@@ -21,11 +21,13 @@ from shardwright.checkpoint.folder import CheckpointFolder, read_part, write_par
 from shardwright.checkpoint.manifest import Manifest, Part, Training
 from shardwright.checkpoint.resume import first_failed
 from shardwright.checkpoint.snapshot import Snapshot
-from shardwright.comm.collectives import all_reduce, broadcast_text
+from shardwright.checkpoint.state import num_updates
+from shardwright.comm.collectives import all_reduce, barrier, broadcast_text
 from shardwright.errors import CheckpointError
 from shardwright.optim.optimizers import SGD, AdamW
 from shardwright.parallel.compose import Runtime
 from shardwright.record.records import SaveRecord
+from shardwright.spec.origin import COMPANIONS
 from shardwright.units import Bytes, Seconds
 
 _PATIENCE = Seconds(60)  # until a part that another machine wrote is seen here
@@ -177,10 +179,33 @@ class Saver:
         text = broadcast_text(_told(error, mesh.rank) if error else None, mesh.world, mesh.device, source=first)
         if mesh.rank == 0:
             self._folder.discard(step)
+        barrier(mesh.world)  # its bytes are given back before any rank may end the run
         problem = f"checkpoint: step {step} was not saved: {text}"
         if self._runtime.plan.spec.checkpoint.on_error == "stop":
             raise CheckpointError(problem, 'mend that and go on with --resume; or checkpoint.on_error = "continue"')
         self._warn(problem)
+
+
+def save(folder: Path, runtime: Runtime, optimizer: AdamW | SGD, *, step: int, position: int = 0) -> Path:
+    """Save a state into a folder of checkpoints, of which `checkpoint.keep` stay, and return when it is complete: the
+    checkpoint's directory. To be called on every rank. `position` is the next sample of the data. Raises
+    CheckpointError."""
+    train, problems = runtime.plan.spec.train, list[str]()
+    saver = Saver(CheckpointFolder(folder), runtime, optimizer, folder / COMPANIONS, warn=problems.append)
+    training = Training(
+        step=step,
+        position=position,
+        updates=num_updates(runtime, optimizer),
+        optimizer=train.optimizer,
+        seed=train.seed,
+        data="",
+        world_size=runtime.plan.world_size,
+    )
+    saver.save(training)
+    saver.drain()
+    if problems:
+        raise CheckpointError(problems[0], "mend that and save again")
+    return CheckpointFolder(folder).of_step(step)
 
 
 def _told(error: BaseException, rank: int) -> str:

@@ -21,6 +21,7 @@ from shardwright.units import Seconds
 
 MARGIN = Seconds(30.0)
 _LOOK = Seconds(1.0)  # between two looks
+_KEPT = 64  # events that are kept without asking whether they have come to pass
 
 
 class StreamWhereabouts(Whereabouts):
@@ -28,16 +29,17 @@ class StreamWhereabouts(Whereabouts):
 
     def __init__(self, page: Page | None = None) -> None:
         super().__init__(page)
-        self._ahead: deque[tuple[torch.cuda.Event, str, bytes, float]] = deque()
-        self._spare: list[torch.cuda.Event] = []
+        self._ahead: deque[tuple[torch.Event, str, bytes, float]] = deque()
+        self._spare: list[torch.Event] = []
 
     def pass_by(self, collective: bytes) -> None:
         """The host waits no longer; the current stream may."""
-        event = self._spare.pop() if self._spare else torch.cuda.Event()
+        event = self._spare.pop() if self._spare else torch.Event("cuda")  # cheaper than torch.cuda's to record
         event.record()
         self._ahead.append((event, self.doing, collective, time.monotonic()))
-        while self._ahead and self._ahead[0][0].query():
-            self._spare.append(self._ahead.popleft()[0])
+        if len(self._ahead) > _KEPT:
+            while self._ahead and self._ahead[0][0].query():
+                self._spare.append(self._ahead.popleft()[0])
 
     def look(self) -> Seconds:
         """Write to the page where the GPU is; how long the rank has waited in one collective."""

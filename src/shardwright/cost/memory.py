@@ -84,6 +84,11 @@ def host_bytes(dtype: str, grad_dtype: str, optimizer: str, offload: str) -> int
     return {"none": 0, "state": moments + (master if master != BYTES[dtype] else 0)}[offload]
 
 
+def saved_bytes(dtype: str, optimizer: str) -> int:
+    """Of a parameter in a checkpoint, and in the host memory that its owners keep to write it from."""
+    return (1 + MOMENTS[optimizer]) * max(BYTES[dtype], 4)
+
+
 def streamed_bytes(dtype: str, grad_dtype: str, optimizer: str) -> int:
     """Of an element that streams through a slot under `state`: its masters where they are apart, its moments, and its
     gradient where that has to be cast."""

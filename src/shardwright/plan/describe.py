@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shardwright.cost.memory import saved_bytes
 from shardwright.plan.host import most_host_memory
 from shardwright.plan.pipeline import totals_of
 from shardwright.plan.plan import Plan
@@ -40,6 +41,8 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         ("zero", _ZERO[zero] + shards),
         ("train", f"{train.steps} steps of {train.optimizer}, lr {train.lr:g} {train.lr_schedule}"),
     ]
+    if plan.spec.checkpoint.every:
+        lines.append(("saves", saves(plan)))
     if plan.spec.memory.offload != "none":
         lines.insert(5, ("offload", offload(plan)))
     if plan.spec.memory.recompute != "none":
@@ -55,6 +58,15 @@ def layout(plan: Plan) -> str:
     mesh = plan.topology
     ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
     return f"{ranks}: dp {mesh.dp} (replicate {mesh.replicate} x shard {mesh.shard}) x pp {mesh.pp} x tp {mesh.tp}"
+
+
+def saves(plan: Plan) -> str:
+    """How often, how large, and what it takes of the hosts' memory."""
+    every, keep = plan.spec.checkpoint.every, plan.spec.checkpoint.keep
+    size = format_bytes(plan.architecture.num_parameters * saved_bytes(plan.dtype, plan.spec.train.optimizer))
+    return (
+        f"every {every} steps, {size} each, the newest {keep} kept; ranks keep as much host memory, shared among them"
+    )
 
 
 def offload(plan: Plan) -> str:

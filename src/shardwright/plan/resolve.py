@@ -8,7 +8,7 @@ from shardwright.plan.plan import Device, Plan
 from shardwright.plan.stages import resolve_stages
 from shardwright.plan.world import crossings, resolve_topology
 from shardwright.spec.architecture import Architecture, architecture_notes, nearest_divisors, resolve_architecture
-from shardwright.spec.inherited import inherited_notes
+from shardwright.spec.inherited import check_tokenizer, inherited_notes
 from shardwright.spec.spec import Spec
 from shardwright.spec.train import Dtype, TrainSpec
 
@@ -36,6 +36,7 @@ def resolve(
         expected_vocab=spec.data.expected_vocab,
     )
     architecture.check_sequence_length(train.sequence_length)
+    check_tokenizer(spec)
     _check_device(spec, device)
     _check_tensor_parallel(architecture, spec.parallel.tp)
     _check_recompute(architecture, spec)

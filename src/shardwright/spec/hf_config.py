@@ -102,7 +102,7 @@ def _load(file: Path, asked_by: str) -> Mapping[str, Any]:
             f"{asked_by}: {file}: cannot be read: {error.strerror}",
             "give the path of a config.json or of the directory that holds it",
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RecipeError(f"{asked_by}: {file}: not JSON", "give the path of a model's config.json") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{asked_by}: {file}: not a JSON object", "give the path of a model's config.json")

@@ -8,8 +8,9 @@ from shardwright.errors import RecipeError
 from shardwright.spec.architecture import Architecture, architecture_defaults
 from shardwright.spec.hf_config import read_config
 from shardwright.spec.model import ModelSpec
-from shardwright.spec.origin import FIELD, Origin, inherited_fields, origin_of
+from shardwright.spec.origin import COMPANIONS, FIELD, Origin, inherited_fields, origin_of
 from shardwright.spec.problems import show
+from shardwright.spec.spec import Spec
 
 _FREE = ("init_std",)  # says how weights start, and these have started
 _TUNABLE = ("norm_eps", "rope_theta", "rope_scaling")  # the same weights compute a little differently
@@ -27,6 +28,19 @@ def inherited_notes(model: ModelSpec, architecture: Architecture) -> tuple[str, 
     inherited = inherited_fields(model, None)
     whole = architecture_defaults(inherited, architecture.max_positions) | inherited
     return (*notes, *differences(whole, architecture, FIELD))
+
+
+def check_tokenizer(spec: Spec) -> None:
+    """Raises RecipeError where weights that come with a tokenizer would be trained on the ids of another by default."""
+    if not spec.model.init_from or spec.data.corpus == "random" or spec.data.expected_vocab is None:
+        return
+    origin, directory = origin_of(spec.model.init_from)
+    brings = directory / COMPANIONS if origin is Origin.CHECKPOINT else directory
+    if (brings / "tokenizer.json").exists():
+        raise RecipeError(
+            f"data.tokenizer: {show(spec.data.tokenizer)}, and {FIELD} brings a tokenizer of its own",
+            f'what works: data.tokenizer = "{brings}"',
+        )
 
 
 def differences(saved: dict[str, Any], architecture: Architecture, of: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from shardwright.spec.hf_config import read_config
 from shardwright.spec.model import ModelSpec
 
 MANIFEST = "manifest.json"
+MOST_BYTES = 4 << 30
+"""A larger file is no manifest."""
+
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 """Of a run directory: holds step-00000100 and the like."""
@@ -55,8 +59,9 @@ def saved_architecture(directory: Path, field: str = FIELD) -> dict[str, Any]:
     """The fields of the architecture that a checkpoint holds. Raises RecipeError."""
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        fields = content["architecture"]
+        status = path.lstat()
+        is_own = stat.S_ISREG(status.st_mode) and status.st_size <= MOST_BYTES  # no link, no pipe
+        fields = json.loads(path.read_text(encoding="utf-8"))["architecture"] if is_own else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         fields = None
     if not isinstance(fields, dict):

@@ -109,8 +109,14 @@ def print_summary(
     if memory:
         console.print(_memory_table(memory))
     state = "stopped early, as asked" if outcome.stopped else "complete"
-    console.print(f"run {state}: {directory.path}  (steps.jsonl, validation.jsonl, plan.json, ranks/)")
-    console.print(f"next: prove this layout with [bold]shardwright verify {recipe}[/]")
+    saved = directory.newest_checkpoint()
+    where = f", {saved.relative_to(directory.path)}" if saved is not None else ""
+    console.print(f"run {state}: {directory.path}  (steps.jsonl, validation.jsonl, plan.json, ranks/{where})")
+    if outcome.stopped and saved is not None:
+        again = f"shardwright train {recipe} --run-dir {directory.path} --resume"
+        console.print(f"go on with: [bold]{again}[/]", soft_wrap=True)
+    else:
+        console.print(f"next: prove this layout with [bold]shardwright verify {recipe}[/]")
 
 
 def _memory_table(memory: Sequence[tuple[MemoryRecord, MemoryRecord]]) -> Table:

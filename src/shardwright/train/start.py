@@ -13,7 +13,7 @@ from shardwright.checkpoint.exchange.hugging_face import HuggingFaceWeights
 from shardwright.checkpoint.folder import CheckpointFolder
 from shardwright.checkpoint.load import Checkpoint
 from shardwright.checkpoint.resume import newest_good
-from shardwright.checkpoint.state import restore_moments, set_random_states
+from shardwright.checkpoint.state import set_random_states
 from shardwright.comm.mesh import Mesh
 from shardwright.data.dataset import Dataset
 from shardwright.nn.initial import Values
@@ -46,7 +46,7 @@ def start(
     standing = _standing(checkpoint)
     if mesh.rank == 0:
         folder.clear()
-        directory.cut(standing.step)
+        directory.cut(standing.step if checkpoint else -1)  # -1: the evaluation before the first step comes again too
         _keep_companions(plan, directory, dataset)
     # Our own models draw no random numbers. Others draw the same ones in every run, and other ones for other data.
     torch.manual_seed(plan.spec.train.seed + mesh.topology.data_index(mesh.rank))
@@ -81,7 +81,7 @@ def _restore(checkpoint: Checkpoint, runtime: Runtime, optimizer: AdamW | SGD) -
     training = checkpoint.manifest.training
     if training is None:
         return
-    restore_moments(runtime, optimizer, {kind: checkpoint.kind(kind) for kind in optimizer.names}, training)
+    checkpoint.restore(runtime, optimizer)
     mesh = runtime.mesh
     if training.world_size == mesh.world.degree:
         set_random_states(checkpoint.random_states(mesh.rank), mesh.device)

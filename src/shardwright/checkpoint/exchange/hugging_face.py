@@ -189,7 +189,7 @@ def _open_file(directory: Path, name: str) -> TensorFile:
     """
     if not name.endswith(".safetensors") or any(c in name for c in "/\\\0"):
         raise CheckpointError(
-            f"{directory}: {INDEX} names {name!r}", "what works: names of .safetensors files beside it"
+            f"{directory}: {INDEX} names {name[:200]!r}", "what works: names of .safetensors files beside it"
         )
     path = directory / name
     if not os.path.isfile(path):
