@@ -16,7 +16,7 @@ def main(worker: sw.Worker, arguments: tuple[str, ...]) -> None:
     spec = sw.build(RECIPE)
     data = sw.open_data(spec)
     plan = sw.plan_for(spec, worker.world_size, worker.device.type, data.vocab)
-    mesh = sw.Mesh(plan.topology, worker.device)
+    mesh = worker.mesh(plan.topology)
     runtime = sw.compose(plan, mesh)
     optimizer = sw.make_optimizer(spec.train, runtime.states.owned_tensors())
     for step in range(spec.train.steps):

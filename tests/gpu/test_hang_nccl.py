@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 
-WORKER = Path(__file__).parent / "hang_worker.py"
+WORKER = Path(__file__).parent / "nccl_hang_worker.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 

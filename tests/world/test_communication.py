@@ -9,6 +9,7 @@ import pytest
 from layouts import GPT2, LLAMA, QWEN, plan_of
 from pool import Place, Pool
 
+from shardwright.comm.whereabouts import Call
 from shardwright.data.samples import RandomSamples
 from shardwright.optim.optimizers import make_optimizer
 from shardwright.parallel.compose import Runtime, compose
@@ -123,8 +124,8 @@ def counts_twice(runtime: Runtime, patch: pytest.MonkeyPatch) -> None:
     """Gathers of activations are counted twice as large."""
     count = runtime.mesh.ledger.count
 
-    def doubled(verb: str, axis: str, reason: str, sent: int) -> None:
-        count(verb, axis, reason, 2 * sent if reason == "tensor/colwise" else sent)
+    def doubled(verb: str, axis: str, reason: str, sent: int) -> Call:
+        return count(verb, axis, reason, 2 * sent if reason == "tensor/colwise" else sent)
 
     patch.setattr(runtime.mesh.ledger, "count", doubled)
 

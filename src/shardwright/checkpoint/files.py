@@ -32,6 +32,7 @@ DTYPE_NAMES = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }
+_MOST_TOLD = 300  # characters of what a file says that an error repeats
 _BLOCK = 4 << 20  # bytes hashed and written at a time
 
 
@@ -114,7 +115,9 @@ class TensorFile:
             self._file = safe_open(path, framework="pt")  # no context: the map lives as long as what is read from it
             self.keys = frozenset(self._file.keys())
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file: {error}", "take another copy of it") from None
+            raise CheckpointError(
+                f"{path}: not a whole safetensors file: {one_line(error)}", "take another copy of it"
+            ) from None
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Of the tensor `key`."""
@@ -127,6 +130,13 @@ class TensorFile:
     def tensor(self, key: str) -> Tensor:
         """The tensor `key`, memory-mapped: what is not touched is not read."""
         return self._file.get_tensor(key)
+
+
+def one_line(told: object) -> str:
+    """What is told, in one line that can be read: what is damaged or hostile may name anything."""
+    text = str(told)
+    printable = "".join(c if c.isprintable() else "?" for c in text[:_MOST_TOLD])
+    return printable + "..." * (len(text) > _MOST_TOLD)
 
 
 def require_file(path: Path, num_bytes: int | None = None) -> None:

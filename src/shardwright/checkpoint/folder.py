@@ -76,9 +76,10 @@ class CheckpointFolder:
         """Give up the draft of a step, and its bytes on the disk."""
         shutil.rmtree(self.draft(step), ignore_errors=True)
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest. Raises OSError."""
-        for path in self.complete()[:-keep]:
+    def prune(self, keep: int, step: int) -> None:
+        """Delete all but the newest up to a step. Later ones count for nothing: a run that saves this one has passed
+        them over as damaged, and writes them anew when it gets there. Raises OSError."""
+        for path in [path for path in self.complete() if path.name <= self.of_step(step).name][:-keep]:
             old = path.with_name(f"{_OLD}{path.name.removeprefix('step-')}")
             path.rename(old)  # so that none is ever seen half deleted
             shutil.rmtree(old)

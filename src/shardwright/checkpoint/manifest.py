@@ -46,7 +46,6 @@ _Corners = defaultdict[tuple[int, ...], int]
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_MOST_TOLD = 300  # characters of what a damaged manifest says
 _WAY_OUT = "use another checkpoint, or another copy of this one"
 
 
@@ -207,7 +206,7 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}", _WAY_OUT) from None
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{path}: damaged: not JSON", _WAY_OUT) from None
+        raise CheckpointError(f"{path}: damaged: not JSON, or a name is there twice", _WAY_OUT) from None
     return _checked(path, content)
 
 
@@ -224,7 +223,7 @@ def _checked(path: Path, content: Any) -> Manifest:
         raise CheckpointError(f"{path}: not the manifest of a checkpoint", _WAY_OUT)
     version = content.get("version")
     if version != 1:
-        raise CheckpointError(f"{path}: of version {_line(version)}, and this Shardwright reads version 1", _WAY_OUT)
+        raise CheckpointError(f"{path}: of version {one_line(version)}, and this Shardwright reads version 1", _WAY_OUT)
     checksum = content.pop("checksum")
     try:
         if checksum != _checksum(content):
@@ -233,18 +232,12 @@ def _checked(path: Path, content: Any) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         told = first["msg"].removeprefix("Value error, ")
-        where = _line(".".join(map(str, first["loc"])))
-        raise CheckpointError(f"{path}: {where + ': ' if where else ''}{_line(told)}", _WAY_OUT) from None
+        where = one_line(".".join(map(str, first["loc"])))
+        raise CheckpointError(f"{path}: {where + ': ' if where else ''}{one_line(told)}", _WAY_OUT) from None
     except CheckpointError:
         raise
     except (ShardwrightError, RecursionError, ValueError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: damaged: {_line(error)}", _WAY_OUT) from None
-
-
-def _line(told: object) -> str:
-    """What is told, in one line that can be read: a manifest may name anything."""
-    text = " ".join("".join(c if c.isprintable() else "?" for c in str(told)[:_MOST_TOLD]).split())
-    return text + "..." * (len(str(told)) > _MOST_TOLD)
+        raise CheckpointError(f"{path}: damaged: {one_line(error)}", _WAY_OUT) from None
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -145,7 +145,7 @@ class Saver:
             plan=plan.model_dump(mode="json"),
         )
         self._folder.commit(step, manifest, self._companions)
-        self._folder.prune(plan.spec.checkpoint.keep)
+        self._folder.prune(plan.spec.checkpoint.keep, step)
         return Bytes(manifest.num_bytes)
 
     def _parts(self, step: int) -> list[Part]:

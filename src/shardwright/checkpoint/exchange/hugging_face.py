@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardwright.checkpoint.exchange.companions import CONFIG, read_companion
 from shardwright.checkpoint.exchange.families import Stored, is_buffer, is_repeated, prefix_of, stored_tensors
-from shardwright.checkpoint.files import TensorFile
+from shardwright.checkpoint.files import TensorFile, one_line
 from shardwright.errors import CheckpointError
 from shardwright.layout.box import Box
 from shardwright.spec.architecture import Architecture
@@ -106,7 +106,7 @@ class HuggingFaceWeights:
                 if self._bare(key) in found:
                     other = found[self._bare(key)]
                     raise CheckpointError(
-                        f"{self.directory}: {key} of {file.path.name} is also {other.key} of {other.file.path.name}",
+                        f"{self.directory}: {one_line(key)} of {file.path.name} is also {one_line(other.key)} of {other.file.path.name}",
                         _OTHER_COPY,
                     )
                 found[self._bare(key)] = _Found(file, key)
@@ -142,7 +142,7 @@ def _vocab_hint(stored: Stored, shape: tuple[int, ...]) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     """ "a, b, c and 4 more are", of names."""
-    text = ", ".join(names[:_NAMED])
+    text = ", ".join(map(one_line, names[:_NAMED]))
     more = len(names) - _NAMED
     return f"{text}{f' and {more} more' if more > 0 else ''} {'is' if len(names) == 1 else 'are'}"
 
@@ -170,7 +170,9 @@ def _open_files(directory: Path) -> list[TensorFile]:
     files = {name: _open_file(directory, name) for name in sorted(set(places.values()))}
     for key, name in places.items():
         if key not in files[name].keys:
-            raise CheckpointError(f"{directory}: {INDEX} places {key} in {name}, which does not have it", _OTHER_COPY)
+            raise CheckpointError(
+                f"{directory}: {INDEX} places {one_line(key)} in {name}, which does not have it", _OTHER_COPY
+            )
     return list(files.values())
 
 

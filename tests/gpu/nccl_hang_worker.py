@@ -1,4 +1,4 @@
-"""Programs for two NCCL ranks of test_hang_nccl.py, and a launcher: `hang_worker.py PROGRAM`."""
+"""Programs for two NCCL ranks of test_hang_nccl.py, and a launcher: `nccl_hang_worker.py PROGRAM`."""
 
 from __future__ import annotations
 
@@ -76,4 +76,4 @@ PROGRAMS = {program.__name__: program for program in (absent, busy, cost)}
 
 if __name__ == "__main__":
     arguments = (sys.argv[1],)
-    sys.exit(run(Job(2, "hang_worker", arguments, device="cuda", collective_timeout=TIMEOUT)))
+    sys.exit(run(Job(2, "nccl_hang_worker", arguments, device="cuda", collective_timeout=TIMEOUT)))
