@@ -17,6 +17,8 @@ from shardwright.comm.worker import Worker
 from shardwright.data.batch import IGNORED, Batch
 from shardwright.data.dataset import Dataset
 from shardwright.errors import ShardwrightError
+from shardwright.infer.generator import Completion, Generator
+from shardwright.infer.settings import Settings
 from shardwright.nn.decoder import Decoder
 from shardwright.nn.linear import Linear
 from shardwright.nn.loss import linear_cross_entropy
@@ -41,9 +43,11 @@ __all__ = [
     "Batch",
     "Checkpoint",
     "Colwise",
+    "Completion",
     "Dataset",
     "Declaration",
     "Decoder",
+    "Generator",
     "Heads",
     "Job",
     "Linear",
@@ -54,6 +58,7 @@ __all__ = [
     "Replicated",
     "Rowwise",
     "Runtime",
+    "Settings",
     "ShardwrightError",
     "Spec",
     "StepResult",

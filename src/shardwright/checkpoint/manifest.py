@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from shardwright.checkpoint.files import DTYPE_NAMES, require_file
+from shardwright.checkpoint.files import DTYPE_NAMES, one_line, require_file
 from shardwright.errors import CheckpointError, ShardwrightError
 from shardwright.layout.box import Box, GlobalTensor
 from shardwright.spec.architecture import Architecture

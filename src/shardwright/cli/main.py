@@ -10,12 +10,13 @@ import typer
 from shardwright import __version__
 from shardwright.cli.checkpoint import app as checkpoint
 from shardwright.cli.data import app as data
+from shardwright.cli.generate import generate
 from shardwright.cli.plan import plan
 from shardwright.cli.train import train
 from shardwright.cli.verify import verify
 from shardwright.errors import ShardwrightError
 
-_HELP = """Train decoder-only language models under any mix of parallelism, and prove that the mix is right.
+_HELP = """Train and run decoder-only language models under any mix of parallelism, and prove that the mix is right.
 
 \b
 Example: shardwright train recipes/quickstart.toml train.steps=50
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(train)
 app.command()(verify)
+app.command()(generate)
 app.add_typer(data, name="data")
 app.add_typer(checkpoint, name="checkpoint")
 

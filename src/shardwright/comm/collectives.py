@@ -176,6 +176,15 @@ def _scatter_directly(whole: Tensor, axis: Axis, call: Call) -> Handle:
     return _Pending(call, works, add)
 
 
+def broadcast(tensor: Tensor, axis: Axis, source: int, *, reason: str) -> Handle:
+    """Give every rank of an axis the tensor of the one at a position; over gloo a tensor in host memory."""
+    if axis.group is None:
+        return DONE
+    sends = _bytes(tensor) if axis.index == source else 0
+    call = axis.ledger.count("broadcast", axis.name, reason, sends)
+    return pending(call, dist.broadcast(tensor, axis.ranks[source], group=axis.group, async_op=True))
+
+
 def barrier(axis: Axis, *, reason: str = "agreement") -> None:
     """Wait until every rank of an axis is here."""
     if axis.group is not None:

@@ -52,6 +52,10 @@ class Tokenizer(ABC):
         """Ids of one text, int64 [tokens], without a separator."""
         return self.encode_many([text])[0].astype(np.int64)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that is to be gone on with, as its model has learnt texts to begin."""
+        return self.encode(text).tolist() or [self.separator]
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; separators and other special tokens are left out, broken UTF-8 is replaced."""
@@ -101,6 +105,11 @@ class LearnedTokenizer(Tokenizer):
         flat = self.inner.encode_batch_fast([piece for of in pieces for piece in of], add_special_tokens=False)
         ids = iter([np.array(encoding.ids, dtype=self.dtype) for encoding in flat])
         return [next(ids) if len(of) == 1 else np.concatenate([next(ids) for _ in of]) for of in pieces]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        if bpe_size(self.spec) is not None:
+            return super().encode_prompt(text)
+        return self.inner.encode(text, add_special_tokens=True).ids or [self.separator]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.inner.decode([i for i in map(int, ids) if i != self.separator], skip_special_tokens=True)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardwright.nn.cache import LayerCache, Places
 from shardwright.nn.kernels import Kernels
 from shardwright.nn.linear import Linear
 from shardwright.nn.norm import RMSNorm
@@ -68,6 +70,9 @@ class Rotary(nn.Module):
 
     recomputable = True
 
+    places: Places | None = None
+    """Where the tokens stand that come next; without it they are at 0..T-1."""
+
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
@@ -84,11 +89,21 @@ class Rotary(nn.Module):
         return self._tables[key]
 
     def forward(self, x: Tensor, heads: int, head_dim: int) -> Tensor:
-        """Rotate the first `heads` heads of [T, B, features] or [T, B, H, D] at positions 0..T-1.
+        """Rotate the first `heads` heads of [T, B, features] or [T, B, H, D] at their positions.
 
         As written that is done in place: x is used up.
         """
-        return _Rotated.apply(x, *self.tables(len(x), x), heads, head_dim, self.kernels)  # type: ignore[return-value]
+        cos, sin = self.tables(len(x), x) if self.places is None else self._tables_at(self.places, x)
+        return _Rotated.apply(x, cos, sin, heads, head_dim, self.kernels)  # type: ignore[return-value]
+
+    def _tables_at(self, places: Places, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine at the positions of the tokens, each [T, B or 1, 1, D / 2]."""
+        cos, sin = self.tables(self.architecture.max_positions, x)
+        if places.common is not None:
+            at = slice(places.common, places.common + len(x))
+            return cos[at], sin[at]
+        rows = places.of(len(x)).clamp(max=self.architecture.max_positions - 1)  # what fills a prompt up may lie behind
+        return cos[rows, 0], sin[rows, 0]
 
 
 class _Rotated(torch.autograd.Function):
@@ -147,9 +162,10 @@ class Attention(nn.Module):
         self.rotary = rotary if rotary is not None else NoRotation()
         self.repeat_kv = nn.Identity()  # consecutive query heads share a key-value head, as many each
         self.merge = MergeHeads()
+        self.cache: LayerCache | None = None
 
     def forward(self, x_TBC: Tensor) -> Tensor:
-        """Attend within each sequence, [T, B, C] to [T, B, C]."""
+        """Attend within each sequence, [T, B, C] to [T, B, C]; with a cache, to what it has had as well."""
         qkv = self.qkv(x_TBC)
         # How many heads of each kind there are is the product's affair.
         counts = [part.rows // self.head_dim for part in self.qkv.declaration.parts]
@@ -160,8 +176,21 @@ class Attention(nn.Module):
             q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(counts, dim=2)
             q = self.rotary(self.q_norm(q), counts[0], self.head_dim)
             k = self.rotary(self.k_norm(k), counts[1], self.head_dim)
-        k, v = self.repeat_kv(k), self.repeat_kv(v)
-        attended_BHTD = F.scaled_dot_product_attention(
-            *(x.permute(1, 2, 0, 3) for x in (q, k, v)), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
+        mask: dict[str, Any] = {"is_causal": True}
+        if self.cache is not None:
+            k, v = self.cache.extend(k, v)
+            mask = self.cache.mask(len(q))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, self.repeat_kv(k), self.repeat_kv(v)))
+        if q.shape[2] == 1 and self.cache is not None:
+            return self.out(self.merge(_attend_one(q, k, v, mask)))
+        return self.out(
+            self.merge(F.scaled_dot_product_attention(q, k, v, **mask, enable_gqa=q.shape[1] != k.shape[1]))
         )
-        return self.out(self.merge(attended_BHTD))
+
+
+def _attend_one(q_BH1D: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask: dict[str, Any]) -> Tensor:
+    """Attention of one position. Query heads that share a key-value head stand where positions otherwise do, so that no
+    keys or values are repeated."""
+    b, h, _, d = q_BH1D.shape
+    grouped = q_BH1D.reshape(b, k_BKLD.shape[1], -1, d)
+    return F.scaled_dot_product_attention(grouped, k_BKLD, v_BKLD, **mask).reshape(b, h, 1, d)

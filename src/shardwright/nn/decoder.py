@@ -58,13 +58,10 @@ class Head(nn.Module):
         self.norm = make_norm(a.norm, a.hidden, a.norm_eps)
         self.output = Output(a.hidden, a.vocab, std=a.init_std, weight=tied)
 
-    def logits(self, x_TBC: Tensor) -> Tensor:
-        """[T, B, hidden] to [B, T, vocab]."""
-        return self.output.logits(self.norm(x_TBC)).transpose(0, 1)
-
-    def forward(self, x_TBC: Tensor, targets_BT: Tensor) -> Tensor:
-        """The sum of the loss over the targets that carry one."""
-        return self.output(self.norm(x_TBC), targets_BT.T)
+    def forward(self, x_TBC: Tensor, targets_BT: Tensor | None) -> Tensor:
+        """The sum of the loss over the targets that carry one; without targets the logits, [T, B, vocab]."""
+        x_TBC = self.norm(x_TBC)
+        return self.output.logits(x_TBC) if targets_BT is None else self.output(x_TBC, targets_BT.T)
 
 
 class Decoder(nn.Module):
@@ -91,7 +88,7 @@ class Decoder(nn.Module):
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """[B, T, vocab]; for inspection and inference, not for training."""
-        return self.head.logits(self.hidden(tokens_BT))
+        return self.head(self.hidden(tokens_BT), None).transpose(0, 1)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The sum of the loss over the targets that carry one (IGNORED is -1), a scalar of at least fp32."""

@@ -68,6 +68,12 @@ def _sum_of_uniforms(key: int, indices: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def uniform_bits(key: str, counters: torch.Tensor) -> torch.Tensor:
+    """48 random bits, as int64, for each of some counters: a function of the key and the counter alone."""
+    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    return _shift_right(_mix(counters * _signed(_GOLDEN) + _signed(number)), 16)
+
+
 def _indices(box: Box, begin: int, end: int, device: torch.device) -> torch.Tensor:
     """Row-major indices in the whole tensor of elements begin..end of a box."""
     local = torch.arange(begin, end, dtype=torch.int64, device=device)

@@ -60,10 +60,13 @@ class Runtime:
     pipeline: Pipeline
 
 
-def compose(plan: Plan, mesh: Mesh, model: nn.Module | None = None, values: Values | None = None) -> Runtime:
+def compose(
+    plan: Plan, mesh: Mesh, model: nn.Module | None = None, values: Values | None = None, *, trains: bool = True
+) -> Runtime:
     """Build a plan's model on a mesh, or lay out a model of the caller's own.
 
-    `values` are what its parameters hold; by default they are made from `train.seed`.
+    `values` are what its parameters hold; by default they are made from `train.seed`. Without `trains` there is memory
+    for parameters alone: the runtime can be evaluated and generate.
 
     A model of one's own is called as model(tokens, targets) and returns the sum of the loss over targets. It may have
     been built on the meta device; its own values are not used in any case. If it has `blocks()`, a list
@@ -91,7 +94,7 @@ def compose(plan: Plan, mesh: Mesh, model: nn.Module | None = None, values: Valu
     zero = ZeroStage(plan.spec.parallel.zero, plan.spec.parallel.zero_pipeline == "save_memory")
     data = DataParallel.of(mesh, zero.owns_state)
     dtype = torch_dtype(plan.dtype)
-    storage = Storage(zero, data, dtype, torch_dtype(plan.grad_dtype), mesh.device, home_of(plan, mesh.device))
+    storage = Storage(zero, data, dtype, torch_dtype(plan.grad_dtype), mesh.device, home_of(plan, mesh.device), trains)
     shared = shared_with(stages, placement, line)
     states = States(model, {number: stage.blocks for number, stage in own.items()}, storage, shared)
     states.initialise(Seeded(plan.spec.train.seed) if values is None else values)

@@ -24,7 +24,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
     """
     data = _read(Path(path))
     for override in overrides:
-        _apply(data, override)
+        apply_override(data, override)
     return build(data)
 
 
@@ -72,7 +72,7 @@ def _nearest_recipe(path: Path) -> str:
     return "give the path of a .toml file"
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
     """Writes one override into the recipe's tables."""
     name, equals, text = override.partition("=")
     path = [part.strip() for part in name.split(".")]

@@ -105,9 +105,9 @@ class HuggingFaceWeights:
                     continue
                 if self._bare(key) in found:
                     other = found[self._bare(key)]
+                    where = f"{one_line(other.key)} of {other.file.path.name}"
                     raise CheckpointError(
-                        f"{self.directory}: {one_line(key)} of {file.path.name} is also {one_line(other.key)} of {other.file.path.name}",
-                        _OTHER_COPY,
+                        f"{self.directory}: {one_line(key)} of {file.path.name} is also {where}", _OTHER_COPY
                     )
                 found[self._bare(key)] = _Found(file, key)
         return found

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from shardwright.comm.collectives import all_gather, share
 from shardwright.cost.shapes import chunk_tokens
 from shardwright.data.batch import IGNORED
+from shardwright.layout.split import even_split
+from shardwright.nn.cache import Places
 from shardwright.nn.kernels import Kernels
 from shardwright.nn.loss import add_product
 from shardwright.nn.parameters import Declaration
@@ -51,6 +53,9 @@ class VocabularyEmbedding(nn.Module):
 class PositionsOfRank(nn.Module):
     """Learned positions, whole on every rank, added to the positions that a rank has between products."""
 
+    places: Places | None = None
+    """Where the tokens stand that come next; without it they are at 0..T-1. Positions are not sharded then."""
+
     def __init__(self, weight: nn.Parameter, declaration: Declaration, region: Region) -> None:
         super().__init__()
         self.weight = weight
@@ -58,6 +63,9 @@ class PositionsOfRank(nn.Module):
 
     def forward(self, x_TBC: Tensor) -> Tensor:
         """[positions between products, B, hidden] to the same."""
+        if self.places is not None:
+            at = self.places.of(len(x_TBC)).clamp(max=len(self.weight) - 1)
+            return x_TBC + F.embedding(at, self.weight)
         begin = self.region.axis.index * len(x_TBC) if self.region.shards_positions else 0
         # Padding may reach past the last position there is; its values do not matter.
         rows = torch.arange(begin, begin + len(x_TBC), device=x_TBC.device).clamp(max=len(self.weight) - 1)
@@ -125,6 +133,18 @@ class VocabularyOutput(nn.Module):
         # As many words as any rank has, so that all cut the tokens into the same chunks.
         words = declaration.locals["weight"][0].shape[0] if declaration.locals else len(weight)
         self.most_words = -(-words // region.axis.degree)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[..., hidden], the same on every rank, to [..., vocab] on every rank; for inference."""
+        axis, words = self.region.axis, self.declaration.locals["weight"][0].shape[0]
+        own = F.linear(x, self.weight)
+        if axis.degree == 1:
+            return own
+        parts = own.new_zeros(axis.degree, *own.shape[:-1], self.most_words)
+        parts[axis.index, ..., : own.shape[-1]] = own
+        all_gather(parts.view(-1), axis, reason="tensor/logits").wait()
+        ranges = [even_split(words, axis.degree, index) for index in range(axis.degree)]
+        return torch.cat([part[..., : end - begin] for part, (begin, end) in zip(parts, ranges, strict=True)], dim=-1)
 
     def forward(self, x_TBC: Tensor, targets_TB: Tensor) -> Tensor:
         """The sum of the loss over the targets that carry one, on the first rank of the axis; zero on the others."""

@@ -19,8 +19,8 @@ from shardwright.parallel.zero.unit import Unit
 
 @dataclass(frozen=True)
 class Storage:
-    """How units are kept: the ZeRO stage, who communicates, the dtypes and device of their buffers, and where what is
-    owned lives."""
+    """How units are kept: the ZeRO stage, who communicates, the dtypes and device of their buffers, where what is owned
+    lives, and whether there are gradients and masters at all."""
 
     stage: ZeroStage
     data: DataParallel
@@ -28,6 +28,7 @@ class Storage:
     grad_dtype: torch.dtype
     device: torch.device
     home: Home
+    trains: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def _make_unit(
         device=storage.device,
         home=storage.home,
         twin=None if shared is None else shared.twin,
+        trains=storage.trains,
     )
 
 

@@ -69,7 +69,8 @@ class States:
         self.stage, self.home, self._device = storage.stage, storage.home, storage.device
         blocks = [block for own in stages.values() for block in own]
         self.units, uses = make_units(model, blocks, shared or {}, storage)
-        self.home.prepare(self.units)
+        if storage.trains:
+            self.home.prepare(self.units)
         remaining = iter(uses)
         self._uses = {stage: [next(remaining) for _ in own] for stage, own in stages.items()}
         """By stage and block, the units that the block uses."""

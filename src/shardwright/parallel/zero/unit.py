@@ -32,7 +32,7 @@ CATEGORIES = ("parameters", "gradients", "optimizer", "communication", "offload"
 class Unit:
     """Parameters, gradients and masters of some modules, kept as a ZeRO stage says.
 
-    `parameters` are views of its buffer, in the order of `layout.slots`.
+    `parameters` are views of its buffer, in the order of `layout.slots`. Without `trains` there are parameters alone.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Unit:
         device: torch.device,
         home: Home,
         twin: Twin | None = None,
+        trains: bool = True,
     ) -> None:
         self.name, self.stage, self.data, self.home, self.twin = name, stage, data, home, twin
         self.layout = FlatLayout.of(members, data.degree)
@@ -64,10 +65,12 @@ class Unit:
 
         mine = self.whole[self.begin : self.end]
         self.owned_values = mine.clone() if self.shards_parameters else mine
-        self.masters = home.masters(self.owned_values)
+        self.masters = home.masters(self.owned_values) if trains else self.owned_values
 
-        self._whole_gradient: Tensor | None = None if self.shards_gradients else self._new_gradient()
-        if self._whole_gradient is None:
+        self._whole_gradient: Tensor | None = None if self.shards_gradients or not trains else self._new_gradient()
+        if not trains:
+            self.owned_gradient = mine.new_empty(0, dtype=grad_dtype)
+        elif self._whole_gradient is None:
             self.owned_gradient = torch.zeros_like(mine, dtype=grad_dtype)
         else:
             self.owned_gradient = self._owned(self._whole_gradient)

@@ -1,0 +1,169 @@
+"""Before anything is generated: the model found, its layout resolved, its tokenizer read, the prompts checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shardwright.checkpoint.exchange.companions import CONFIG, read_companion
+from shardwright.checkpoint.load import Checkpoint
+from shardwright.comm.machine import computes_bf16
+from shardwright.data.tokenizer import Tokenizer, load_tokenizer
+from shardwright.errors import DataError, LayoutError, RunError
+from shardwright.infer.settings import Settings
+from shardwright.infer.text import Ends
+from shardwright.plan.plan import Plan
+from shardwright.plan.resolve import resolve
+from shardwright.spec.hf_config import read_config
+from shardwright.spec.load import apply_override, build
+from shardwright.spec.origin import Origin, origin_of
+from shardwright.spec.spec import Spec
+
+FIELD = "generate"
+_GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked of `generate`. `batch_size`: prompts at a time on each data rank; `groups`: into how many parts a
+    batch is cut, 0: as many as the pipeline has stages."""
+
+    source: str
+    overrides: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    settings: Settings = field(default_factory=Settings)
+    batch_size: int = 16
+    groups: int = 0
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise RunError(f"--batch-size: {self.batch_size} is not at least 1", "give 1 or more")
+        if self.groups < 0:
+            raise RunError(f"--microbatches: {self.groups} is negative", "0 takes as many as there are stages")
+        if not self.prompts:
+            raise RunError("--prompt: none was given", 'give --prompt "...", or --prompts FILE.jsonl with a line each')
+
+    def to_json(self) -> str:
+        """The request as a rank gets it."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Request:
+        """The request that `to_json` wrote."""
+        fields = json.loads(text)
+        settings = fields["settings"] | {"stop": tuple(fields["settings"]["stop"])}
+        lists = {name: tuple(fields[name]) for name in ("overrides", "prompts")}
+        return Request(**fields | lists | {"settings": Settings(**settings)})
+
+
+def spec_of(source: str, overrides: Sequence[str]) -> Spec:
+    """The recipe that generation stands for: the model that lies there, on one rank unless overrides say otherwise.
+
+    Raises ShardwrightError.
+    """
+    origin, directory = origin_of(source, FIELD)
+    model: dict[str, Any] = {"init_from": source}
+    if origin is Origin.HUGGING_FACE:
+        config = read_config(directory, FIELD)
+        if config.window is not None and config.window < config.fields["max_positions"]:
+            model["max_positions"] = config.window
+    tables: dict[str, Any] = {
+        "model": model,
+        "data": {"corpus": "random"},
+        "train": {"sequence_length": 1, "micro_batch_size": 1},
+        "parallel": {"dp": 1, "zero": 0, "sequence_parallel": False},
+        "checkpoint": {"every": 0},
+    }
+    for override in overrides:
+        apply_override(tables, override)
+    dp = tables["parallel"].get("dp")
+    tables["train"]["global_batch_size"] = dp if isinstance(dp, int) else 1
+    spec = build(tables)
+    if spec.parallel.sequence_parallel and spec.parallel.tp > 1:
+        raise LayoutError(
+            "parallel.sequence_parallel: true, and a new token is one position, which cannot be sharded",
+            "leave it out: generation uses the all-reduce form",
+        )
+    if spec.parallel.virtual_stages > 1 or spec.parallel.pipeline_schedule == "zbv":
+        raise LayoutError(
+            f"parallel.virtual_stages: generation has one stage on each rank, not {spec.parallel.virtual_stages}",
+            "leave pipeline_schedule and virtual_stages out",
+        )
+    return spec
+
+
+def plan_of(spec: Spec, world_size: int, device: str) -> Plan:
+    """The plan of `spec_of` on so many ranks. Raises ShardwrightError."""
+    own = "cuda" if device == "cuda" else "cpu"
+    return resolve(spec, world_size=world_size, device=own, native_bf16=computes_bf16(own), tokenizer_vocab=None)
+
+
+def companions_of(source: str) -> Path:
+    """The directory of the small files that travel with the weights."""
+    origin, directory = origin_of(source, FIELD)
+    return Checkpoint.open(directory).companions if origin is Origin.CHECKPOINT else directory
+
+
+def tokenizer_of(source: str) -> Tokenizer:
+    """The tokenizer that travels with the weights. Raises DataError."""
+    companions = companions_of(source)
+    if not any((companions / name).exists() for name in ("tokenizer.json", "shardwright-tokenizer.json")):
+        raise DataError(f"{FIELD}: no tokenizer in {companions}", "put the model's tokenizer.json there")
+    return load_tokenizer(companions)
+
+
+def ends_of(source: str, tokenizer: Tokenizer, settings: Settings, context: int) -> Ends:
+    """What ends a text: the separator, and what the model's own files name."""
+    companions, tokens = companions_of(source), {tokenizer.separator}
+    for name in (_GENERATION, CONFIG):
+        if (companions / name).is_file():
+            named = read_companion(companions / name).get("eos_token_id")
+            tokens |= {token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)}
+    return Ends(frozenset(tokens), tokenizer, settings, context)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str], vocab: int, context: int) -> list[tuple[int, ...]]:
+    """Ids of every prompt. Raises RunError for one that leaves no room in the context."""
+    found = []
+    for number, prompt in enumerate(prompts):
+        ids = tokenizer.encode_prompt(prompt)
+        if len(ids) >= context:
+            raise RunError(
+                f"--prompt: number {number + 1} has {len(ids)} tokens, and the model's context is {context}",
+                f"give at most {context - 1}, so that there is room for one more",
+            )
+        if max(ids) >= vocab:
+            raise RunError(
+                f"--prompt: number {number + 1} has token {max(ids)}, and the model has {vocab} words",
+                "the directory's tokenizer must be the model's",
+            )
+        found.append(tuple(ids))
+    return found
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file with a line like {"prompt": "..."} for each. Raises RunError."""
+    way_out = 'write a line like {"prompt": "..."} for each'
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RunError(f"--prompts: {path}: cannot be read: {reason}", way_out) from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise RunError(f"--prompts: {path}, line {number}: not JSON", way_out) from None
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise RunError(f"--prompts: {path}, line {number}: has no text under prompt", way_out)
+        prompts.append(row["prompt"])
+    if not prompts:
+        raise RunError(f"--prompts: {path}: has no prompt", way_out)
+    return prompts

@@ -1,0 +1,38 @@
+"""`shardwright generate`: start this machine's ranks, or join the job that is there."""
+
+from __future__ import annotations
+
+import torch
+
+from shardwright.comm.job import Job, found_job
+from shardwright.comm.launch import run
+from shardwright.comm.machine import default_device
+from shardwright.infer.prepare import Request, plan_of, prompt_ids, spec_of, tokenizer_of
+from shardwright.plan.machine import num_cores
+from shardwright.plan.world import local_world_size
+
+_ENTRY = "shardwright.infer.rank"
+
+
+def generate(request: Request, *, as_json: bool = False) -> int:
+    """Generate, print or write what comes, and return the exit code. Raises ShardwrightError for what can be refused
+    before ranks start."""
+    spec = spec_of(request.source, request.overrides)
+    device = default_device() if spec.run.device == "auto" else spec.run.device
+    place = found_job()
+    world_size = local_world_size(spec, cores=num_cores(), gpus=torch.cuda.device_count())
+    if place is not None:
+        world_size = place.world_size
+    plan = plan_of(spec, world_size, device)
+    model = plan.architecture
+    prompt_ids(tokenizer_of(request.source), request.prompts, model.vocab, model.max_positions)
+    job = Job(
+        world_size=world_size,
+        entry=_ENTRY,
+        arguments=(request.to_json(), "json" if as_json else ""),
+        device="cuda" if device == "cuda" else "cpu",
+        backend=spec.run.backend,
+        grace_period=spec.run.grace_period_seconds,
+        collective_timeout=spec.run.collective_timeout_seconds,
+    )
+    return run(job)
