@@ -153,7 +153,7 @@ def told(found: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
         "| | measured | bar |",
         "|---|---|---|",
         f"| a minute with a save beside its neighbours without | {found['longer_median']:+.1%} (each: {each}) | +5 % |",
-        f"| the loop stands still | {found['stall_most']:.2f} s at most, median {found['stall_median']:.2f} s | 0.5 s |",
+        f"| it stands still | {found['stall_most']:.2f} s at most, median {found['stall_median']:.2f} s | 0.5 |",
         f"| complete after | {', '.join(f'{value:.1f}' for value in found['complete_after'])} s | |",
         f"| kept buffers made, once | {max(rank['buffers_made_in'] for rank in ranks):.1f} s | |",
     ]

@@ -22,6 +22,7 @@ from pool import Place, Pool
 from test_hugging_face import DRY, GPT2, LLAMA3, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from shardwright.cli import main as command
 from shardwright.data.tokenizer import BytesTokenizer
 from shardwright.infer import engine
 from shardwright.infer.generator import Generator, Pace
@@ -179,8 +180,8 @@ def test_the_cache_gives_what_the_whole_sequence_gives(
 
 
 def shardwright(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "shardwright", "generate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    asked = [sys.executable, "-m", "shardwright", "generate", *arguments]
+    return subprocess.run(asked, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_lines_in_lines_out_and_stop_strings(
@@ -229,7 +230,12 @@ def test_lines_in_lines_out_and_stop_strings(
     ids=lambda value: "" if isinstance(value, str) else " ".join(value)[:40],
 )
 def test_bad_input_is_one_clear_line(
-    models: dict[str, Path], tmp_path: Path, arguments: list[str], problem: str
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    problem: str,
 ) -> None:
     for name in ("empty", "other", "bare"):
         (tmp_path / name).mkdir()
@@ -238,17 +244,20 @@ def test_bad_input_is_one_clear_line(
     (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
     (tmp_path / "bad").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     paths = {name: str(tmp_path / name) for name in ("empty", "other", "bare", "bad")} | {"llama": str(models["llama"])}
-    refused = shardwright(*(argument.format(**paths) for argument in arguments))
-    assert refused.returncode == 2, refused.stderr
-    assert problem in refused.stderr and "Traceback" not in refused.stderr
-    assert refused.stderr.count("error:") == 1 and len(refused.stderr.strip().splitlines()) <= 3
+    given = ["shardwright", "generate", *(argument.format(**paths) for argument in arguments)]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as left:  # before any rank is started
+        command.main()
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and problem in said
+    assert said.count("error:") == 1 and len(said.strip().splitlines()) <= 3
 
 
 def test_a_killed_rank_ends_the_job(models: dict[str, Path]) -> None:
-    command = [sys.executable, "-m", "shardwright", "generate", str(models["llama"]), "parallel.pp=2"]
+    asked = [sys.executable, "-m", "shardwright", "generate", str(models["llama"]), "parallel.pp=2"]
     many = [argument for _ in range(400) for argument in ("--prompt", "go on")]
     process = subprocess.Popen(
-        [*command, *many, "--max-new-tokens", "150", "--batch-size", "1"], stderr=subprocess.PIPE, text=True
+        [*asked, *many, "--max-new-tokens", "150", "--batch-size", "1"], stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
     ranks: list[int] = []

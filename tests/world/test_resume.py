@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from test_train import here, rows, shardwright  # noqa: F401  (a fixture)
 
 from shardwright.checkpoint.load import Checkpoint
+from shardwright.cli import main as command
 
 pytestmark = pytest.mark.world
 
@@ -112,6 +114,15 @@ def test_a_run_starts_from_the_weights_of_another(here: Path) -> None:  # noqa: 
         (['checkpoint.on_error="ignore"'], "checkpoint.on_error"),
     ],
 )
-def test_bad_input(here: Path, arguments: list[str], problem: str) -> None:  # noqa: F811
-    refused = shardwright("train", "r.toml", *arguments)
-    assert refused.returncode == 2 and problem in refused.stderr and "Traceback" not in refused.stderr
+def test_bad_input(
+    here: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    problem: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["shardwright", "train", "r.toml", *arguments])
+    with pytest.raises(SystemExit) as left:  # before any rank is started
+        command.main()
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and problem in said and said.startswith("error: ") and "Traceback" not in said

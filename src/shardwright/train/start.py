@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,13 +99,16 @@ def _keep_companions(plan: Plan, directory: RunDirectory, dataset: Dataset) -> N
     """Put what travels with the weights where every save finds it: once, when a run begins."""
     if directory.companions.is_dir():
         return
-    directory.companions.mkdir(parents=True)
+    draft = directory.companions.with_name(f".{directory.companions.name}")  # so that a killed start leaves no half
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
     if plan.spec.model.init_from:
         origin, source = origin_of(plan.spec.model.init_from)
         source = Checkpoint.open(source).companions if origin is Origin.CHECKPOINT else source
-        copy_companions(source, directory.companions)
-    if dataset.tokenizer is not None and not _has_tokenizer(directory.companions):
-        dataset.tokenizer.save(directory.companions)
+        copy_companions(source, draft)
+    if dataset.tokenizer is not None and not _has_tokenizer(draft):
+        dataset.tokenizer.save(draft)
+    draft.rename(directory.companions)
 
 
 def _has_tokenizer(companions: Path) -> bool:
