@@ -16,7 +16,7 @@ import torch
 from shardwright.checkpoint.files import Entry, TensorFileWriter
 from shardwright.checkpoint.folder import CheckpointFolder, read_part, write_part
 from shardwright.checkpoint.load import Checkpoint
-from shardwright.checkpoint.manifest import Manifest, Part, StoredBox, StoredFile
+from shardwright.checkpoint.manifest import Manifest, Part, StoredBox, StoredFile, companions_in
 from shardwright.errors import CheckpointError
 from shardwright.layout.box import Box, GlobalTensor
 from shardwright.spec.architecture import resolve_architecture
@@ -73,7 +73,12 @@ def save(folder: CheckpointFolder, step: int, companions: Path, keep: int) -> No
     parts = [part for rank in range(RANKS) if (part := read_part(draft, rank)) is not None]
     files = tuple(part.file for part in parts)
     manifest = Manifest(
-        architecture=ARCHITECTURE, dtype="fp32", kinds={"weights": "F32"}, tensors={"x": WHOLE.shape}, files=files
+        architecture=ARCHITECTURE,
+        dtype="fp32",
+        kinds={"weights": "F32"},
+        tensors={"x": WHOLE.shape},
+        files=files,
+        companions=companions_in(companions),
     )
     folder.commit(step, manifest, companions)
     folder.prune(keep, step)
@@ -100,6 +105,7 @@ def folder(tmp_path: Path) -> CheckpointFolder:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "tokenizer.json").write_text("mine")
     folder = CheckpointFolder(tmp_path / "checkpoints")
+    folder.path.mkdir()
     for step in (1, 2):
         save(folder, step, tmp_path / "model", keep=2)
     return folder

@@ -19,8 +19,8 @@ from shardwright.checkpoint.folder import CheckpointFolder
 from shardwright.checkpoint.load import Checkpoint
 from shardwright.checkpoint.resume import newest_good
 from shardwright.checkpoint.save import Saver
+from shardwright.checkpoint.snapshot import Snapshot
 from shardwright.data.samples import RandomSamples
-from shardwright.errors import CheckpointError
 from shardwright.optim.optimizers import make_optimizer
 from shardwright.parallel.compose import compose
 from shardwright.plan.plan import Plan
@@ -169,13 +169,46 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(pool: Pool, t
         pool.run(2, chosen, plan(), tmp_path)
 
 
-def test_drafts_and_checkpoints_without_a_manifest_are_none(pool: Pool, tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_manifest_is_named_and_a_draft_is_none(pool: Pool, tmp_path: Path) -> None:
     pool.run(2, save_at_steps, plan(keep=3), tmp_path, None)
     (tmp_path / "step-00000004").rename(tmp_path / ".saving-00000004")
     (tmp_path / "step-00000006" / "manifest.json").unlink()
-    assert pool.run(2, chosen, plan(), tmp_path)[1] == ("step-00000002", [])
+    name, told = pool.run(2, chosen, plan(), tmp_path)[1]
+    assert name == "step-00000002" and len(told) == 1 and "step-00000006 is passed over" in told[0]
     folder = CheckpointFolder(tmp_path)
     folder.clear()
-    assert not folder.draft(4).exists()
-    with pytest.raises(CheckpointError, match="not a complete checkpoint: it has no manifest"):
-        Checkpoint.open(tmp_path / "step-00000006")
+    folder.pass_over(2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000006.damaged-1"]
+    (tmp_path / "step-00000002" / "manifest.json").unlink()
+    with pytest.raises(RankFailed, match="none of 1 checkpoints is whole"):  # and not a run from the beginning
+        pool.run(2, chosen, plan(), tmp_path)
+
+
+def run_directory_vanishes(place: Place, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    take = Snapshot.take
+
+    def taking(self: Snapshot) -> None:
+        take(self)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    patch.setattr(Snapshot, "take", taking)
+
+
+def test_a_run_that_was_removed_does_not_come_back_in_part(pool: Pool, tmp_path: Path) -> None:
+    ranks = pool.run(2, save_at_steps, plan(), tmp_path / "gone", run_directory_vanishes)
+    for rank in ranks:
+        assert rank["saved"] == [2] and len(rank["warned"]) == 2
+        assert "No such file or directory" in rank["warned"][0]
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_good_save_whose_elder_cannot_be_deleted_is_good(pool: Pool, tmp_path: Path) -> None:
+    ranks = pool.run(2, save_at_steps, plan(keep=1), tmp_path, elder_stays)
+    assert ranks[0]["saved"] == [2, 4, 6] and "an older one could not be deleted" in ranks[0]["warned"][0]
+
+
+def elder_stays(place: Place, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    patch.setattr(CheckpointFolder, "prune", refused)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from test_train import here, rows, shardwright  # noqa: F401  (a fixture)
 
 from shardwright.checkpoint.load import Checkpoint
 from shardwright.cli import main as command
+from shardwright.train.lock import RunLock
 
 pytestmark = pytest.mark.world
 
@@ -102,6 +104,41 @@ def test_a_run_starts_from_the_weights_of_another(here: Path) -> None:  # noqa: 
     )
     assert again.returncode == 0, again.stderr
     assert [row["step"] for row in rows(here / "b" / "steps.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_directory_in_use_is_refused_and_left_alone(here: Path) -> None:  # noqa: F811
+    assert shardwright("train", "r.toml", "--run-dir", "a", *SIX, "train.stop_after=2").returncode == 0
+    plan, steps = (here / "a" / "plan.json").read_bytes(), (here / "a" / "steps.jsonl").read_bytes()
+    lock = RunLock(here / "a")
+    refused = shardwright("train", "r.toml", "--run-dir", "a", *SIX, "--resume")
+    assert refused.returncode == 2 and f"--run-dir: a is in use by process {os.getpid()} on" in refused.stderr
+    assert (plan, steps) == ((here / "a" / "plan.json").read_bytes(), (here / "a" / "steps.jsonl").read_bytes())
+    lock.release()
+    assert shardwright("train", "r.toml", "--run-dir", "a", *SIX, "--resume").returncode == 0
+
+
+def test_what_was_saved_and_cannot_be_read_does_not_begin_anew(here: Path) -> None:  # noqa: F811
+    assert shardwright("train", "r.toml", "--run-dir", "a", *SIX).returncode == 0
+    steps = (here / "a" / "steps.jsonl").read_bytes()
+    for manifest in (here / "a" / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    refused = shardwright("train", "r.toml", "--run-dir", "a", *SIX, "--resume", "run.max_restarts=2")
+    assert refused.returncode == 1 and "none of 2 checkpoints is whole" in refused.stderr
+    assert "starting all ranks anew" not in refused.stderr  # what a person has to mend would only come again
+    assert (here / "a" / "steps.jsonl").read_bytes() == steps
+
+
+def test_a_damaged_one_is_put_aside_and_its_place_taken(here: Path) -> None:  # noqa: F811
+    assert shardwright("train", "r.toml", "--run-dir", "a", *SIX).returncode == 0
+    newest = here / "a" / "checkpoints" / "step-00000006"
+    (newest / "model" / "shardwright-tokenizer.json").write_text("junk")
+    done = shardwright("train", "r.toml", "--run-dir", "a", *SIX, "--resume", "train.lr=1e-4")
+    assert done.returncode == 0, done.stderr
+    assert "step-00000006 is passed over" in done.stderr and "at step 4" in done.stderr
+    kept = sorted(path.name for path in newest.parent.iterdir())
+    assert kept == ["step-00000004", "step-00000006", "step-00000006.damaged-1"]
+    assert [row["step"] for row in rows(here / "a" / "steps.jsonl")] == [1, 2, 3, 4, 5, 6]
+    Checkpoint.open(newest).check()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pathlib import Path
 from shardwright.checkpoint.manifest import Manifest, Part, write_manifest
 from shardwright.spec.origin import COMPANIONS, steps_in
 
-_DRAFT, _OLD = ".saving-", ".old-"
+_DRAFT, _OLD, _ASIDE = ".saving-", ".old-", ".damaged-"
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,21 @@ class CheckpointFolder:
         """The complete checkpoints, in the order of their steps."""
         return steps_in(self.path)
 
+    def written(self) -> list[Path]:
+        """Every directory of a step, complete or not, in the order of their steps. Raises OSError."""
+        found = [path for path in self.path.glob("step-*") if path.name[5:].isdecimal()] if self.path.is_dir() else []
+        return sorted(found, key=lambda path: int(path.name[5:]))
+
+    def pass_over(self, after: int) -> None:
+        """Give what lies after a step, where a run goes on that found it damaged, a name that is never read: it must
+        not come back into another run than its own. Nothing is deleted. Raises OSError."""
+        for path in self.written():
+            if int(path.name[5:]) > after:
+                number = 1
+                while (aside := path.with_name(f"{path.name}{_ASIDE}{number}")).exists():
+                    number += 1
+                path.rename(aside)
+
     def clear(self) -> None:
         """Remove what killed runs left half written or half deleted."""
         for left in self._leftovers():
@@ -47,16 +62,17 @@ class CheckpointFolder:
             yield from (path for path in self.path.iterdir() if path.name.startswith((_DRAFT, _OLD)))
 
     def begin(self, step: int) -> Path:
-        """The draft's directory, made by the first rank that asks. Raises OSError."""
+        """The draft's directory, made by the first rank that asks. Raises OSError, where the folder is gone too: half
+        a run must not appear in place of one that was removed."""
         draft = self.draft(step)
-        draft.mkdir(parents=True, exist_ok=True)
+        draft.mkdir(exist_ok=True)
         return draft
 
     def commit(self, step: int, manifest: Manifest, companions: Path) -> None:
         """Make the draft of a step complete; `companions` are the small files that go with it. Raises OSError."""
         draft, target = self.draft(step), self.of_step(step)
-        if companions.is_dir():
-            shutil.copytree(companions, draft / COMPANIONS)
+        if manifest.companions:
+            _copy(companions, draft / COMPANIONS, [companion.name for companion in manifest.companions])
         for part in draft.glob("*.json"):
             part.unlink()
         write_manifest(draft, manifest)
@@ -80,9 +96,20 @@ class CheckpointFolder:
         """Delete all but the newest up to a step. Later ones count for nothing: a run that saves this one has passed
         them over as damaged, and writes them anew when it gets there. Raises OSError."""
         for path in [path for path in self.complete() if path.name <= self.of_step(step).name][:-keep]:
-            old = path.with_name(f"{_OLD}{path.name.removeprefix('step-')}")
+            old = self._old(int(path.name[5:]))
             path.rename(old)  # so that none is ever seen half deleted
             shutil.rmtree(old)
+
+
+def _copy(source: Path, target: Path, names: list[str]) -> None:
+    """Copy small files so that they are on the disk. Raises OSError."""
+    shutil.rmtree(target, ignore_errors=True)  # of a save of this step that was killed
+    target.mkdir()
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+        with (target / name).open("rb") as file:
+            os.fsync(file.fileno())
+    sync_directory(target)
 
 
 def write_part(draft: Path, part: Part, rank: int) -> None:

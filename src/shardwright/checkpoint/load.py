@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from shardwright.checkpoint.files import TensorFile, require_file, sha256_of
+from shardwright.checkpoint.files import TensorFile, one_line, require_file, sha256_of
 from shardwright.checkpoint.manifest import WEIGHTS, Manifest, StoredFile, read_manifest
 from shardwright.checkpoint.snapshot import file_name
 from shardwright.checkpoint.state import RANDOM_STATES, restore_moments
@@ -68,6 +68,22 @@ class Checkpoint:
         for file in self.manifest.files:
             self.check_file(file, progress)
             self.tensor_file(file)
+        self.check_companions()
+
+    def check_companions(self) -> None:
+        """The same for the small files that travel with the weights. Raises CheckpointError."""
+        listed = {companion.name: companion for companion in self.manifest.companions}
+        if self.companions.is_symlink():
+            raise CheckpointError(f"{self.companions}: not a directory of its own", _ANOTHER)
+        there = {path.name for path in self.companions.iterdir()} if self.companions.is_dir() else set()
+        if unlisted := sorted(there - set(listed)):
+            raise CheckpointError(f"{self.companions}: {one_line(unlisted[0])} was not written by a save", _ANOTHER)
+        for name, companion in listed.items():
+            require_file(self.companions / name, companion.bytes)
+            if sha256_of(self.companions / name) != companion.sha256:
+                raise CheckpointError(
+                    f"{self.companions / name}: damaged: its bytes are not those that were written", _ANOTHER
+                )
 
     def tensor_file(self, file: StoredFile) -> TensorFile:
         """An open file, with the tensors that the manifest lists for it. Raises CheckpointError."""

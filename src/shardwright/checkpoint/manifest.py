@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from shardwright.checkpoint.files import DTYPE_NAMES, one_line, require_file
+from shardwright.checkpoint.files import DTYPE_NAMES, one_line, require_file, sha256_of
 from shardwright.errors import CheckpointError, ShardwrightError
 from shardwright.layout.box import Box, GlobalTensor
 from shardwright.spec.architecture import Architecture
@@ -44,6 +44,7 @@ StoredDtype = Literal["F64", "F32", "F16", "BF16"]
 
 _Corners = defaultdict[tuple[int, ...], int]
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.safetensors")
+_COMPANION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _WAY_OUT = "use another checkpoint, or another copy of this one"
@@ -80,6 +81,14 @@ class Part(Section):
     tensors: dict[str, Shape]
 
 
+class Companion(Section):
+    """A small file that travels with the weights."""
+
+    name: str
+    bytes: Count
+    sha256: Annotated[str, Field(pattern=_DIGEST.pattern)]
+
+
 class Training(Section):
     """Where training stands after `step` steps.
 
@@ -111,6 +120,7 @@ class Manifest(Section):
     kinds: dict[str, StoredDtype]
     tensors: dict[str, Shape]
     files: tuple[StoredFile, ...]
+    companions: tuple[Companion, ...] = ()
     training: Training | None = None
     plan: dict[str, Any] | None = None
 
@@ -129,6 +139,9 @@ class Manifest(Section):
                 num_bytes += math.prod(box.size) * _ITEM_SIZE[self.kinds[box.kind]]
             if num_bytes > file.bytes:
                 raise ValueError(f"{file.name} is to hold {num_bytes} bytes of tensors, and has {file.bytes}")
+        for companion in self.companions:
+            if not _COMPANION.fullmatch(companion.name):
+                raise ValueError(f"{companion.name!r} is not the name of a file that travels with weights")
         if len({file.name for file in self.files}) != len(self.files):
             raise ValueError("a file is listed twice")
         for name, shape in self.tensors.items():
@@ -174,6 +187,12 @@ def _check_box(box: StoredBox, manifest: Manifest) -> None:
     )
     if not inside:
         raise ValueError(f"{box.kind}/{box.name}: a box of {box.size} at {box.offset} is not inside {shape}")
+
+
+def companions_in(directory: Path) -> tuple[Companion, ...]:
+    """What a manifest says of the small files in a directory, which need not be there. Raises CheckpointError."""
+    paths = sorted(directory.iterdir()) if directory.is_dir() else []
+    return tuple(Companion(name=p.name, bytes=p.stat().st_size, sha256=sha256_of(p)) for p in paths if p.is_file())
 
 
 def stored_dtype(dtype: torch.dtype) -> StoredDtype:

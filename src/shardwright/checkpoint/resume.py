@@ -7,6 +7,7 @@ and the checkpoint before it is tried.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -22,11 +23,11 @@ def newest_good(folder: CheckpointFolder, mesh: Mesh, tell: Callable[[str], None
 
     `tell` is called with what is wrong with those that are passed over. Raises CheckpointError where all are damaged.
     """
-    names = [path.name for path in reversed(folder.complete())] if mesh.rank == 0 else []
+    names = [path.name for path in reversed(folder.written())] if mesh.rank == 0 else []
     names = [name for name in broadcast_text(" ".join(names), mesh.world, mesh.device).split(" ") if name]
     problem = None
     for name in names:
-        checkpoint, problem = _checked(folder, name, mesh)
+        checkpoint, problem = checked(folder.path / name, mesh)
         if checkpoint is not None:
             return checkpoint
         tell(f"{name} is passed over: {problem}")
@@ -38,16 +39,18 @@ def newest_good(folder: CheckpointFolder, mesh: Mesh, tell: Callable[[str], None
     return None
 
 
-def _checked(folder: CheckpointFolder, name: str, mesh: Mesh) -> tuple[Checkpoint | None, str]:
+def checked(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str]:
     """A checkpoint, if every rank finds its part of it good, or what the first that does not says."""
     checkpoint, problem = None, ""
     try:
-        checkpoint = Checkpoint.open(folder.path / name)
+        checkpoint = Checkpoint.open(path)
         for file in checkpoint.manifest.files[mesh.rank :: mesh.world.degree]:
             checkpoint.check_file(file)
             checkpoint.tensor_file(file)
-    except ShardwrightError as error:
-        checkpoint, problem = None, error.problem
+        if mesh.rank == 0:
+            checkpoint.check_companions()
+    except (ShardwrightError, OSError) as error:
+        checkpoint, problem = None, error.problem if isinstance(error, ShardwrightError) else str(error)
     first = first_failed(checkpoint is None, mesh)
     if first is None:
         return checkpoint, ""

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from shardwright.checkpoint.folder import CheckpointFolder, read_part, write_part
-from shardwright.checkpoint.manifest import Manifest, Part, Training
+from shardwright.checkpoint.manifest import Manifest, Part, Training, companions_in
 from shardwright.checkpoint.resume import first_failed
 from shardwright.checkpoint.snapshot import Snapshot
 from shardwright.checkpoint.state import num_updates
@@ -69,6 +69,13 @@ class Saver:
     ) -> None:
         self._folder, self._runtime, self._companions = folder, runtime, companions
         self._tell, self._warn = tell, warn
+        self._not_pruned = ""
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder.path}: cannot be made: {error.strerror}", "give another --run-dir"
+            ) from None
         self._snapshot = Snapshot(runtime, optimizer)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._phase = Phase.IDLE
@@ -96,6 +103,8 @@ class Saver:
         else:
             self._phase = Phase.IDLE
             self._tell(self._record(self._under_way))
+            if self._not_pruned:
+                self._warn(self._not_pruned)
 
     def save(self, training: Training) -> None:
         """Begin to save the state as it is now. The loop stands still while it is copied, and before that while an
@@ -116,6 +125,10 @@ class Saver:
             votes = torch.tensor(self.votes(), dtype=torch.float64, device=mesh.device)
             all_reduce(votes, mesh.world, reason="checkpoint").wait()
             self.heard(*votes.tolist())
+
+    def close(self) -> None:
+        """End the background thread."""
+        self._thread.shutdown()
 
     @property
     def _under_way(self) -> _Save:
@@ -141,11 +154,16 @@ class Saver:
             kinds=self._snapshot.kinds,
             tensors={name: shape for part in parts for name, shape in part.tensors.items()},
             files=tuple(part.file for part in parts),
+            companions=companions_in(self._companions),
             training=save.training,
             plan=plan.model_dump(mode="json"),
         )
         self._folder.commit(step, manifest, self._companions)
-        self._folder.prune(plan.spec.checkpoint.keep, step)
+        self._not_pruned = ""
+        try:
+            self._folder.prune(plan.spec.checkpoint.keep, step)
+        except OSError as error:
+            self._not_pruned = f"checkpoint: an older one could not be deleted: {error.filename}: {error.strerror}"
         return Bytes(manifest.num_bytes)
 
     def _parts(self, step: int) -> list[Part]:
@@ -201,8 +219,11 @@ def save(folder: Path, runtime: Runtime, optimizer: AdamW | SGD, *, step: int, p
         data="",
         world_size=runtime.plan.world_size,
     )
-    saver.save(training)
-    saver.drain()
+    try:
+        saver.save(training)
+        saver.drain()
+    finally:
+        saver.close()
     if problems:
         raise CheckpointError(problems[0], "mend that and save again")
     return CheckpointFolder(folder).of_step(step)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shardwright.checkpoint.manifest import WEIGHTS, StoredBox, Training
+from shardwright.errors import CheckpointError
 from shardwright.layout.box import Box, cut
 from shardwright.nn.initial import Values
 from shardwright.optim.optimizers import SGD, AdamW
@@ -95,9 +96,12 @@ def random_states(device: torch.device) -> list[tuple[str, Tensor]]:
 
 
 def set_random_states(states: Sequence[tuple[str, Tensor]], device: torch.device) -> None:
-    """Go on from a random state that was saved."""
-    for key, state in states:
-        if key == RANDOM_STATES[0]:
-            torch.set_rng_state(state.clone())
-        elif device.type == "cuda":
-            torch.cuda.set_rng_state(state.clone(), device)
+    """Go on from a random state that was saved. Raises CheckpointError for what is none."""
+    try:
+        for key, state in states:
+            if key == RANDOM_STATES[0]:
+                torch.set_rng_state(state.clone())
+            elif device.type == "cuda":
+                torch.cuda.set_rng_state(state.clone(), device)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"the random state that was saved is none: {error}", "use another checkpoint") from None

@@ -118,11 +118,14 @@ def export(
     from shardwright.checkpoint.exchange.companions import CONFIG, read_companion
     from shardwright.checkpoint.exchange.export import export as write
     from shardwright.checkpoint.load import Checkpoint
+    from shardwright.checkpoint.manifest import WEIGHTS
     from shardwright.nn.dtypes import torch_dtype
     from shardwright.units import format_bytes
 
     opened = Checkpoint.open(checkpoint)
     config = opened.companions / CONFIG
+    with _progress("reading", opened.manifest.num_bytes) as advance:
+        opened.check(advance)  # a bit that was flipped must not be published
     with _progress("exporting", None) as advance:
         written = write(
             opened.weights,
@@ -137,6 +140,8 @@ def export(
         document = {"path": str(out), "family": written.family, "bytes": written.num_bytes}
         typer.echo(json.dumps(document | {"files": written.files, "notes": written.notes}))
         return
+    if opened.manifest.kinds[WEIGHTS] == "F16" and dtype == "auto":
+        typer.echo("  the weights are fp16, and were written as bf16: --dtype fp32 keeps every bit", err=True)
     lines = [f"{out}: {written.family}, {format_bytes(written.num_bytes)} in {', '.join(written.files)}"]
     typer.echo("\n".join([*lines, *(f"  {note}" for note in written.notes)]))
 

@@ -125,8 +125,8 @@ class Agent(LocalElasticAgent):
         if self._folder.stop_requested() and _is_part_of_stopping(cause):
             raise Stopped("")
         self.cause = cause
-        if self._folder.stop_requested():
-            self._remaining_restarts = 0
+        if self._folder.stop_requested() or cause.kind is Kind.CONDITION:
+            self._remaining_restarts = 0  # what a person has to mend would only come again
         if self._remaining_restarts > 0:
             self._attempt += 1
             self._tell(f"{cause.told()}\nstarting all ranks anew ({self._attempt} of {self._job.max_restarts})")

@@ -52,6 +52,10 @@ class Tokenizer(ABC):
         """Ids of one text, int64 [tokens], without a separator."""
         return self.encode_many([text])[0].astype(np.int64)
 
+    def same_as(self, other: Tokenizer) -> bool:
+        """Whether both give every text the same ids."""
+        return self.spec == other.spec == "bytes"
+
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text that is to be gone on with, as its model has learnt texts to begin."""
         return self.encode(text).tolist() or [self.separator]
@@ -105,6 +109,10 @@ class LearnedTokenizer(Tokenizer):
         flat = self.inner.encode_batch_fast([piece for of in pieces for piece in of], add_special_tokens=False)
         ids = iter([np.array(encoding.ids, dtype=self.dtype) for encoding in flat])
         return [next(ids) if len(of) == 1 else np.concatenate([next(ids) for _ in of]) for of in pieces]
+
+    def same_as(self, other: Tokenizer) -> bool:
+        """See `Tokenizer`."""
+        return isinstance(other, LearnedTokenizer) and self.inner.to_str() == other.inner.to_str()
 
     def encode_prompt(self, text: str) -> list[int]:
         if bpe_size(self.spec) is not None:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ class Generator:
     def __init__(self, source: str, plan: Plan, mesh: Mesh) -> None:
         self.plan, self.mesh, self._source = plan, mesh, source
         self.tokenizer = tokenizer_of(source)
-        self._runtime = compose(plan, mesh, values=initial_values(plan), trains=False)
+        self._runtime = compose(plan, mesh, values=initial_values(plan, mesh), trains=False)
         self.pace = Pace()
 
     @staticmethod
@@ -112,7 +113,8 @@ class Generator:
 
     def gathered(self, prompts: Sequence[str], own: list[list]) -> list[Completion]:
         """What every data rank has, [number, text, finish, tokens] each, put together on every rank."""
-        data, device, rows = self.mesh.data, self.mesh.device, []
+        data, device = self.mesh.data, self.mesh.device
+        rows: list[Any] = []
         for source in range(data.degree):
             text = json.dumps(own) if source == data.index else None
             rows += json.loads(broadcast_text(text, data, device, source=source, reason="generate/texts"))

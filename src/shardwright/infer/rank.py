@@ -14,6 +14,7 @@ from shardwright.comm.worker import Worker
 from shardwright.errors import RunError
 from shardwright.infer.generator import Completion, Generator, Pace
 from shardwright.infer.prepare import Request
+from shardwright.layout.mesh import Topology
 from shardwright.units import format_bytes, format_seconds
 
 
@@ -22,7 +23,9 @@ def main(worker: Worker, arguments: tuple[str, ...]) -> None:
     request, as_json = Request.from_json(arguments[0]), arguments[1] == "json"
     if worker.device.type == "cpu":
         keep_freed_memory()
-    generator = Generator.of(request.source, worker, request.overrides)
+    world = worker.mesh(Topology(replicate=worker.world_size)).world
+    source = broadcast_text(request.source, world, worker.device)  # ranks that others started have each looked
+    generator = Generator.of(source, worker, request.overrides)
     first = worker.rank == 0
     live = first and len(request.prompts) == 1 and not as_json and request.out is None
     completions = _completed(generator, request, sys.stdout if live else None)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from shardwright.comm.job import Job, found_job
 from shardwright.comm.launch import run
 from shardwright.comm.machine import default_device
-from shardwright.infer.prepare import Request, plan_of, prompt_ids, spec_of, tokenizer_of
+from shardwright.infer.prepare import FIELD, Request, plan_of, prompt_ids, spec_of, tokenizer_of
 from shardwright.plan.machine import num_cores
 from shardwright.plan.world import local_world_size
+from shardwright.spec.origin import origin_of
 
 _ENTRY = "shardwright.infer.rank"
 
@@ -17,6 +20,8 @@ _ENTRY = "shardwright.infer.rank"
 def generate(request: Request, *, as_json: bool = False) -> int:
     """Generate, print or write what comes, and return the exit code. Raises ShardwrightError for what can be refused
     before ranks start."""
+    # A run that is being written has another newest checkpoint a moment later: it is settled here.
+    request = replace(request, source=str(origin_of(request.source, FIELD)[1]))
     spec = spec_of(request.source, request.overrides)
     device = default_device() if spec.run.device == "auto" else spec.run.device
     place = found_job()

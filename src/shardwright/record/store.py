@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,38 @@ def _finite(value: Any) -> Any:
 
 
 class JsonLines:
-    """A file of one JSON object a line, appended to and flushed row by row, so that a killed run keeps its rows."""
+    """A file of one JSON object a line, appended to row by row, so that a killed run keeps its rows.
+
+    A row that cannot be written, as on a full disk, is kept and tried again with the next; the file ends with a whole
+    row throughout.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._left: list[bytes] = []
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row."""
-        self._file.write(json.dumps(_finite(row)) + "\n")
-        self._file.flush()
+        """Write one row. Raises OSError, once for rows that are kept one after another."""
+        was_behind = bool(self._left)
+        self._left.append(json.dumps(_finite(row)).encode() + b"\n")
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            content = memoryview(b"".join(self._left))
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(end)
+            if not was_behind:
+                raise
+        else:
+            self._left = []
+
+    @property
+    def behind(self) -> int:
+        """Rows that are not in the file."""
+        return len(self._left)
 
     def close(self) -> None:
         """Close the file."""
@@ -40,11 +63,16 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line that was cut off is left out."""
-    with path.open(encoding="utf-8") as file:
+    """The rows of a JSON-lines file up to the first that is none: one that was cut off, or never reached the disk."""
+    with path.open("rb") as file:
         for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                return
+            yield row
 
 
 def cut_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

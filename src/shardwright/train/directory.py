@@ -57,7 +57,7 @@ class RunDirectory:
     @property
     def holds_run(self) -> bool:
         """Whether a run was begun here."""
-        return self.plan.exists() or self.steps.exists()
+        return self.plan.exists() or self.steps.exists() or bool(steps_in(self.checkpoints))
 
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the latest step, whole or not."""

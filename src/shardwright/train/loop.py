@@ -124,7 +124,7 @@ class TrainingLoop:
             if standing.nonfinite >= train.max_nonfinite_steps:
                 raise _diverged(result, standing.step, standing.nonfinite)
             self.saving.heard(result.votes)
-            if result.stop:
+            if result.stop and standing.step < last:
                 self.outcome.stopped = True
                 break
             if standing.step == last or self._is_validated(standing.step):

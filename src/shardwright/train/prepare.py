@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,19 +13,24 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from shardwright.checkpoint.exchange.hugging_face import HuggingFaceWeights
+from shardwright.checkpoint.load import Checkpoint
 from shardwright.comm.machine import computes_bf16
 from shardwright.data.dataset import Dataset, open_dataset
 from shardwright.data.prepare import Progress as Report
+from shardwright.errors import RecipeError
 from shardwright.plan.host import check_host
 from shardwright.plan.machine import available_memory, num_cores
 from shardwright.plan.plan import Plan
 from shardwright.plan.resolve import resolve
 from shardwright.plan.world import local_world_size
 from shardwright.spec.load import load
+from shardwright.spec.origin import Origin, origin_of, saved_architecture, steps_in
 from shardwright.spec.spec import Spec
 from shardwright.train.changes import changes_since, earlier_run
 from shardwright.train.console import print_plan
 from shardwright.train.directory import RunDirectory
+from shardwright.train.lock import RunLock
 
 
 @dataclass(frozen=True)
@@ -91,18 +97,48 @@ def prepare_run(request: Request, world_size: int | None, device: str) -> Prepar
     check_host(plan, _ranks_here(world_size), available_memory())
     changes = changes_since(earlier, plan) if earlier is not None else ()
     asked = earlier.path if earlier is not None else Path(request.run_dir) if request.run_dir else None
+    if earlier is not None:
+        RunLock(earlier.path).release()  # before its plan is written over; rank 0 holds it later
+    _look_at_weights(plan)
     directory = RunDirectory.create(asked, Path(request.recipe), plan, again=earlier is not None)
     print_plan(plan, directory, changes)
     return Prepared(plan, directory, resume=earlier is not None)
 
 
 def _spec_of(request: Request, earlier: RunDirectory | None) -> Spec:
-    """The recipe. A run that goes on has its weights, and asks no more for the directory that they once came from."""
+    """The recipe. A run that goes on has its weights, and asks no more for the directory that they once came from.
+
+    What `init_from` names is settled here, once: a run that is being written has another newest checkpoint a moment
+    later.
+    """
     spec = load(request.recipe, request.overrides)
-    saved = earlier.newest_checkpoint() if earlier is not None else None
-    if saved is None or not spec.model.init_from or Path(spec.model.init_from).expanduser().exists():
+    if not spec.model.init_from:
         return spec
+    saved = _readable(earlier) if earlier is not None else None
+    if saved is None or Path(spec.model.init_from).expanduser().exists():
+        origin, saved = origin_of(spec.model.init_from)
+        if origin is Origin.HUGGING_FACE:
+            return spec
     return load(request.recipe, (*request.overrides, f"model.init_from={saved.resolve()}"))
+
+
+def _readable(earlier: RunDirectory) -> Path | None:
+    """The latest checkpoint of a run whose manifest says an architecture."""
+    for path in reversed(steps_in(earlier.checkpoints)):
+        with suppress(RecipeError):
+            saved_architecture(path)
+            return path
+    return None
+
+
+def _look_at_weights(plan: Plan) -> None:
+    """Raises ShardwrightError where the weights to start from are not there, before a directory is made."""
+    if plan.spec.model.init_from:
+        origin, directory = origin_of(plan.spec.model.init_from)
+        if origin is Origin.HUGGING_FACE:
+            HuggingFaceWeights(directory, plan.architecture)
+        else:
+            Checkpoint.open(directory)
 
 
 def plan_for(spec: Spec, world_size: int, device: str, vocab: int | None) -> Plan:

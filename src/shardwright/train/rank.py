@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,9 +31,13 @@ from shardwright.train.start import start
 
 
 class Records:
-    """Writes steps.jsonl, validation.jsonl and checkpoints.jsonl, and keeps the step records for the summary."""
+    """Writes steps.jsonl, validation.jsonl and checkpoints.jsonl, and keeps the step records for the summary.
 
-    def __init__(self, directory: RunDirectory) -> None:
+    `warn` is told of what cannot be written; training goes on, and the rows are tried again.
+    """
+
+    def __init__(self, directory: RunDirectory, warn: Callable[[str], None]) -> None:
+        self._warn = warn
         earlier = list(read_lines(directory.validation)) if directory.validation.exists() else []
         self.first_validation = ValidationRecord(**earlier[0]) if earlier else None
         self._steps, self._validation = JsonLines(directory.steps), JsonLines(directory.validation)
@@ -41,16 +46,28 @@ class Records:
 
     def on_step(self, record: StepRecord) -> None:
         """See `Observer`."""
-        self._steps.append(record.as_json())
+        self._append(self._steps, record)
         self.steps.append(record)
 
     def on_validation(self, record: ValidationRecord) -> None:
         """See `Observer`."""
-        self._validation.append(record.as_json())
+        self._append(self._validation, record)
 
     def on_save(self, record: SaveRecord) -> None:
         """A checkpoint is complete."""
-        self._saves.append(record.as_json())
+        self._append(self._saves, record)
+
+    def _append(self, lines: JsonLines, record: StepRecord | ValidationRecord | SaveRecord) -> None:
+        try:
+            lines.append(record.as_json())
+        except OSError as error:
+            self._warn(f"{lines.path}: {error.strerror}; its rows are kept and tried again")
+
+    def finish(self) -> None:
+        """Say what is missing in the files."""
+        for lines in (self._steps, self._validation, self._saves):
+            if lines.behind:
+                self._warn(f"{lines.path}: {lines.behind} rows could not be written")
 
 
 def main(worker: Worker, arguments: tuple[str, ...]) -> None:
@@ -102,7 +119,7 @@ def _train(worker: Worker, prepared: Prepared, dataset: Dataset, mesh: Mesh, rec
     observers: list[Observer] = []
     records = progress = None
     if mesh.rank == 0:
-        records, progress = Records(directory), ConsoleProgress(plan, begin.standing.step)
+        records, progress = Records(directory, tell), ConsoleProgress(plan, begin.standing.step)
         tell.progress = progress
         observers = [records, progress]
 
@@ -127,9 +144,13 @@ def _train(worker: Worker, prepared: Prepared, dataset: Dataset, mesh: Mesh, rec
         if progress is not None:
             progress.close()
     mesh.whereabouts.begin("records")
-    _write_ledgers(directory, mesh, plan, outcome)
+    try:
+        _write_ledgers(directory, mesh, plan, outcome)
+    except OSError as error:
+        make_console().print(f"{error.filename}: {error.strerror}: the ledger of rank {mesh.rank} is not there")
     barrier(mesh.world)
     if records is not None:
+        records.finish()
         outcome.first_validation = records.first_validation or outcome.first_validation
         print_summary(recipe, directory, outcome, records.steps, _read_ledgers(directory, plan))
 
@@ -170,7 +191,7 @@ def _write_ledgers(directory: RunDirectory, mesh: Mesh, plan: Plan, outcome: Out
             "estimated_per_step": [record.as_row() for record in estimated_communication(plan, mesh.rank)],
         },
     }
-    directory.rank(mesh.rank).parent.mkdir(parents=True, exist_ok=True)
+    directory.rank(mesh.rank).parent.mkdir(exist_ok=True)
     write_json(directory.rank(mesh.rank), content)
 
 

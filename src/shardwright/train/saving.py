@@ -13,7 +13,7 @@ from shardwright.errors import CheckpointError
 from shardwright.record.records import SaveRecord
 from shardwright.train.directory import RunDirectory
 from shardwright.train.loop import Standing
-from shardwright.train.start import Start
+from shardwright.train.start import Start, stream_of
 from shardwright.train.step import Votes
 
 
@@ -82,6 +82,6 @@ class Checkpoints:
             validated=standing.validated,
             optimizer=plan.spec.train.optimizer,
             seed=plan.spec.train.seed,
-            data=self._dataset.fingerprint,
+            data=stream_of(plan, self._dataset),
             world_size=plan.world_size,
         )

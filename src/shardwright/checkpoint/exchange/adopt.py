@@ -14,7 +14,15 @@ from shardwright.checkpoint.exchange.export import MAX_SHARD_BYTES, require_free
 from shardwright.checkpoint.exchange.hugging_face import HuggingFaceWeights
 from shardwright.checkpoint.files import Entry, TensorFileWriter
 from shardwright.checkpoint.folder import sync_directory
-from shardwright.checkpoint.manifest import WEIGHTS, Manifest, StoredBox, StoredFile, stored_dtype, write_manifest
+from shardwright.checkpoint.manifest import (
+    WEIGHTS,
+    Manifest,
+    StoredBox,
+    StoredFile,
+    companions_in,
+    stored_dtype,
+    write_manifest,
+)
 from shardwright.errors import CheckpointError
 from shardwright.layout.box import Box, GlobalTensor
 from shardwright.spec.architecture import Architecture, resolve_architecture
@@ -52,6 +60,7 @@ def adopt(
             kinds={WEIGHTS: stored_dtype(weights.dtype)},
             tensors={name: tensor.shape for name, tensor in tensors.items()},
             files=tuple(files),
+            companions=companions_in(draft / COMPANIONS),
         )
         write_manifest(draft, manifest)
         sync_directory(draft)

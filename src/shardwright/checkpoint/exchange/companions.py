@@ -29,6 +29,15 @@ COMPANIONS = (
     "chat_template.json",
     DESCRIPTION,
 )
+TOKENIZER_FILES = (
+    LEARNED,
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
 MAX_BYTES = 64 << 20  # of one companion
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -69,8 +70,8 @@ class HuggingFaceWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the stored token embedding."""
-        return self._tensor(self._stored["embedding.tokens.weight"]).dtype
+        """The narrowest dtype that holds every stored value."""
+        return reduce(torch.promote_types, (self._tensor(stored).dtype for stored in self._stored.values()))
 
     def read(self, box: Box, out: Tensor) -> None:
         """See `Values`."""
