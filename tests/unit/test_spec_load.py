@@ -91,7 +91,7 @@ def test_override_of_unknown_field(recipe: Path) -> None:
         ({"paralel": {}}, "paralel: no such section\n  did you mean parallel?"),
         ({"steps": 3}, "steps: no such field\n  did you mean train.steps?"),
         ({"train": {"zero": 1}}, "train.zero: no such field\n  did you mean parallel.zero?"),
-        ({"checkpoint": {"qqq": 1}}, "checkpoint.qqq: no such field\n  checkpoint has: every, keep"),
+        ({"checkpoint": {"qqq": 1}}, "checkpoint.qqq: no such field\n  checkpoint has: every, keep, on_error"),
         (
             {"qqq": 1},
             "qqq: no such section\n  a recipe has: model, data, train, parallel, memory, checkpoint, run",

@@ -18,16 +18,21 @@ from typing import Any
 
 import pytest
 import torch
+from layouts import LLAMA
+from layouts import plan_of as layouts_plan
 from pool import Place, Pool
 from test_hugging_face import DRY, GPT2, LLAMA3, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from shardwright.checkpoint.save import save
 from shardwright.cli import main as command
 from shardwright.data.tokenizer import BytesTokenizer
 from shardwright.infer import engine
 from shardwright.infer.generator import Generator, Pace
 from shardwright.infer.prepare import plan_of, spec_of
 from shardwright.infer.settings import Settings
+from shardwright.optim.optimizers import make_optimizer
+from shardwright.parallel.compose import compose
 
 pytestmark = pytest.mark.world
 
@@ -174,6 +179,26 @@ def test_the_cache_gives_what_the_whole_sequence_gives(
         for index in range(len(completion.tokens)):
             difference = (seen[index][row] - logits[len(prompt) + index - 1]).abs().max()
             assert difference < 1e-5 * max(1.0, float(logits.abs().max()))
+
+
+def leave(place: Place, folder: Path) -> None:
+    """In two ranks: a model of bytes as training leaves it, sharded over both."""
+    model = LLAMA | {"kv_heads": 3, "vocab": 257, "max_positions": 90, "init_std": 0.3}
+    plan = layouts_plan(model, {"tp": 2, "zero": 1}, dtype="fp32")
+    runtime = compose(plan, place.mesh(plan.topology))
+    optimizer = make_optimizer(plan.spec.train, runtime.states.owned_tensors())
+    save(folder, runtime, optimizer, step=3)
+
+
+def test_a_checkpoint_of_ours_speaks_on_any_layout(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    BytesTokenizer().save(tmp_path / "model")
+    pool.run(2, leave, tmp_path)
+    path = tmp_path / "step-00000003"
+    alone, _ = said_on(pool, path, "one rank", replace(GREEDY, max_new_tokens=20))
+    assert len({token for tokens, _ in alone for token in tokens}) > 10
+    for layout in ("tp2-pp2", "dp2-zero3-tp2"):
+        assert said_on(pool, path, layout, replace(GREEDY, max_new_tokens=20))[0] == alone
 
 
 # As a user meets it

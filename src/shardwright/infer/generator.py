@@ -118,7 +118,7 @@ class Generator:
         for source in range(data.degree):
             text = json.dumps(own) if source == data.index else None
             rows += json.loads(broadcast_text(text, data, device, source=source, reason="generate/texts"))
-        return [Completion(prompts[n], text, tuple(ids), Finish(finish)) for n, text, finish, ids in sorted(rows)]
+        return [Completion(prompts[int(n)], text, tuple(ids), Finish(finish)) for n, text, finish, ids in sorted(rows)]
 
     def _batches(self, ids: Sequence[tuple[int, ...]], batch_size: int) -> Iterator[list[Generated]]:
         """This data rank's prompts, as many batches as every other has, and as large."""
