@@ -67,9 +67,9 @@ class Run:
         self.made_in = time.perf_counter() - began
         self.step = 0
 
-    def segment(self, steps: int, save: bool) -> float:
-        """Seconds of a segment."""
-        began = time.perf_counter()
+    def segment(self, steps: int, save: bool) -> tuple[float, float]:
+        """Seconds of a segment, and seconds of this process' threads on a core."""
+        began, busy = time.perf_counter(), time.process_time()
         if save:
             self.saver.save(self._training())
         for _ in range(steps):
@@ -77,7 +77,7 @@ class Run:
             result = train_step(self.runtime, self.optimizer, batch, 1e-4, votes=self.saver.votes())
             self.saver.heard(*result.votes)
             self.step += 1
-        return time.perf_counter() - began
+        return time.perf_counter() - began, time.process_time() - busy
 
     def _training(self) -> Training:
         return Training(
@@ -97,12 +97,13 @@ def main(worker: Worker, arguments: tuple[str, ...]) -> None:
     keep_freed_memory()
     run = Run(worker, folder)
     run.segment(2, save=False)  # warms up
-    steps = max(1, round(60 / (run.segment(4, save=False) / 4)))
+    steps = max(1, round(60 / (run.segment(4, save=False)[0] / 4)))
     steps = int(broadcast_text(str(steps), run.mesh.world, worker.device))  # every rank has a clock of its own
     rows = []
     for number in range(minutes + 1):
         save = number % 2 == 1
-        rows.append({"saves": save, "seconds": run.segment(steps, save)})
+        seconds, processor = run.segment(steps, save)
+        rows.append({"saves": save, "seconds": seconds, "processor": processor})
         if worker.rank == 0:
             print(f"segment {number}: {rows[-1]['seconds']:.1f} s{' with a save' if save else ''}", file=sys.stderr)
     run.saver.drain()
@@ -126,16 +127,14 @@ def measured(minutes: int) -> list[dict[str, Any]]:
 
 def summary(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """How much longer segments with a save took than their neighbours, and the longest standstill of any rank."""
-    seconds = [row["seconds"] for row in ranks[0]["segments"]]
-    longer = [
-        seconds[i] / ((seconds[i - 1] + seconds[i + 1]) / 2) - 1
-        for i in range(1, len(seconds) - 1)
-        if ranks[0]["segments"][i]["saves"]
-    ]
+    longer = _beside_neighbours(ranks[0]["segments"], "seconds")
+    busier = _beside_neighbours(ranks[0]["segments"], "processor")
     stalls = [save["stall"] for rank in ranks for save in rank["saves"]]
     return {
         "longer_median": statistics.median(longer),
         "longer": longer,
+        "busier_median": statistics.median(busier),
+        "busier": busier,
         "stall_most": max(stalls),
         "stall_median": statistics.median(stalls),
         "complete_after": [save["seconds"] for save in ranks[0]["saves"]],
@@ -143,9 +142,17 @@ def summary(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _beside_neighbours(rows: list[dict[str, Any]], clock: str) -> list[float]:
+    """By how much each segment with a save is longer than the mean of those around it."""
+    values = [row[clock] for row in rows]
+    return [
+        values[i] / ((values[i - 1] + values[i + 1]) / 2) - 1 for i in range(1, len(values) - 1) if rows[i]["saves"]
+    ]
+
+
 def told(found: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
     """The record for people."""
-    each = ", ".join(f"{value:+.1%}" for value in found["longer"])
+    each, busier = (", ".join(f"{value:+.1%}" for value in found[name]) for name in ("longer", "busier"))
     lines = [
         f"{ranks[0]['parameters'] / 1e6:.0f} M parameters on {WORLD} ranks, {found['bytes'] / 1e9:.2f} GB a save, "
         f"segments of {ranks[0]['steps_per_segment']} steps.",
@@ -153,6 +160,7 @@ def told(found: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
         "| | measured | bar |",
         "|---|---|---|",
         f"| a minute with a save beside its neighbours without | {found['longer_median']:+.1%} (each: {each}) | +5 % |",
+        f"| the same in processor time | {found['busier_median']:+.1%} (each: {busier}) | |",
         f"| it stands still | {found['stall_most']:.2f} s at most, median {found['stall_median']:.2f} s | 0.5 |",
         f"| complete after | {', '.join(f'{value:.1f}' for value in found['complete_after'])} s | |",
         f"| kept buffers made, once | {max(rank['buffers_made_in'] for rank in ranks):.1f} s | |",

@@ -118,9 +118,9 @@ def norm_of_each_stage(runtime: Runtime, patch: pytest.MonkeyPatch) -> None:
     """Each stage clips by the norm of its own gradients."""
     check = stepping.Health.check
 
-    def own(runtime: Runtime, loss: torch.Tensor, stop: bool) -> stepping.Health:
+    def own(runtime: Runtime, *rest: Any) -> stepping.Health:
         squared = float(runtime.states.squared_norm())
-        return replace(check(runtime, loss, stop), grad_norm=squared**0.5)
+        return replace(check(runtime, *rest), grad_norm=squared**0.5)
 
     patch.setattr(stepping.Health, "check", staticmethod(own))
 
