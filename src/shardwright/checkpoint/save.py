@@ -81,8 +81,6 @@ class Saver:
         self._phase = Phase.IDLE
         self._task: Future[Bytes] = _done()
         self._save: _Save | None = None
-        self.last_step: int | None = None
-        """The step of the last save that began."""
 
     def votes(self) -> tuple[float, float]:
         """Whether this rank's part of the present phase has ended, and whether badly: to be summed over the world."""
@@ -112,7 +110,6 @@ class Saver:
         began = time.perf_counter()
         self.drain()
         self._snapshot.take()
-        self.last_step = training.step
         self._save = _Save(training, began, Seconds(time.perf_counter() - began))
         self._phase = Phase.WRITING
         self._task = self._thread.submit(self._write, training.step)

@@ -6,7 +6,7 @@ themselves as they do when norms are counted; where tensor parallelism or a tied
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,11 +62,6 @@ def _flat_tensors(unit: Unit, optimizer: AdamW | SGD | None) -> Iterator[tuple[s
     if optimizer is not None:
         state = optimizer.state(unit.name)
         yield from ((kind, state[kind]) for kind in optimizer.names)
-
-
-def all_pieces(runtime: Runtime) -> Iterable[Box]:
-    """The boxes of which this rank owns a copy."""
-    return (piece.box for unit in runtime.states.units for piece in unit.owned_pieces)
 
 
 def num_updates(runtime: Runtime, optimizer: AdamW | SGD) -> int:

@@ -68,9 +68,9 @@ def spec_of(source: str, overrides: Sequence[str]) -> Spec:
     origin, directory = origin_of(source, FIELD)
     model: dict[str, Any] = {"init_from": source}
     if origin is Origin.HUGGING_FACE:
-        config = read_config(directory, FIELD)
-        if config.window is not None and config.window < config.fields["max_positions"]:
-            model["max_positions"] = config.window
+        most = read_config(directory, FIELD).whole_window
+        if most is not None:
+            model["max_positions"] = most
     tables: dict[str, Any] = {
         "model": model,
         "data": {"corpus": "random"},

@@ -34,11 +34,6 @@ class GlobalTensor:
         """Elements of the whole tensor."""
         return math.prod(self.shape)
 
-    @property
-    def is_matrix(self) -> bool:
-        """Whether weight decay applies: tensors of two dimensions or more."""
-        return len(self.shape) >= 2
-
 
 @dataclass(frozen=True)
 class Box:

@@ -29,6 +29,13 @@ class ConfigFields:
     notes: tuple[str, ...]
     asked_by: str = "model.config"
 
+    @property
+    def whole_window(self) -> int | None:
+        """The longest sequence that attention still sees all of, where it slides and that is less than the context;
+        else None."""
+        short = self.window is not None and self.window < self.fields["max_positions"]
+        return self.window if short else None
+
     def within_window(self, longest: int, *, limited: bool) -> dict[str, Any]:
         """The fields, if no sequence outgrows the window: then it masks nothing that the causal mask leaves.
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from shardwright.checkpoint.exchange.companions import copy_companions
-from shardwright.checkpoint.exchange.export import MAX_SHARD_BYTES, require_free, shards, tensors_of
+from shardwright.checkpoint.exchange.draft import drafted
+from shardwright.checkpoint.exchange.export import MAX_SHARD_BYTES, shards, tensors_of
 from shardwright.checkpoint.exchange.hugging_face import HuggingFaceWeights
 from shardwright.checkpoint.files import Entry, TensorFileWriter
-from shardwright.checkpoint.folder import sync_directory
 from shardwright.checkpoint.manifest import (
     WEIGHTS,
     Manifest,
@@ -23,7 +21,6 @@ from shardwright.checkpoint.manifest import (
     stored_dtype,
     write_manifest,
 )
-from shardwright.errors import CheckpointError
 from shardwright.layout.box import Box, GlobalTensor
 from shardwright.spec.architecture import Architecture, resolve_architecture
 from shardwright.spec.hf_config import read_config
@@ -45,12 +42,8 @@ def adopt(
     """
     architecture, notes = architecture_of(source)
     weights = HuggingFaceWeights(source, architecture, "checkpoint import")
-    require_free(out)
-    draft = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}")
-    try:
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(draft, ignore_errors=True)
-        (draft / COMPANIONS).mkdir(parents=True)
+    with drafted(out) as draft:
+        (draft / COMPANIONS).mkdir()
         copied = copy_companions(source, draft / COMPANIONS)
         tensors = tensors_of(architecture)
         files = _write(draft, weights, tensors, max_shard_bytes, progress)
@@ -63,25 +56,14 @@ def adopt(
             companions=companions_in(draft / COMPANIONS),
         )
         write_manifest(draft, manifest)
-        sync_directory(draft)
-        draft.rename(out)
-        sync_directory(draft.parent)
-    except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        problem = f"{out}: cannot be written: {error.strerror or error}"
-        raise CheckpointError(problem, "give a place that can be written and has room for the weights") from None
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return manifest, (*notes, *copied.left_out)
 
 
 def architecture_of(source: Path) -> tuple[Architecture, tuple[str, ...]]:
     """The architecture of a directory's config.json, and what is left aside of it. Raises RecipeError."""
     config = read_config(source, "checkpoint import")
-    most, notes = None, config.notes
-    if config.window is not None and config.window < config.fields["max_positions"]:
-        most = config.window
+    most, notes = config.whole_window, config.notes
+    if most is not None:
         notes = (*notes, f"attention slides over {most} positions there: the model is cut to sequences of as many")
     spec = ModelSpec(config=str(source), max_positions=most)
     return resolve_architecture(spec, sequence_length=1, tokenizer_vocab=None), notes

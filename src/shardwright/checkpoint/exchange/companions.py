@@ -15,20 +15,6 @@ from shardwright.errors import CheckpointError
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-COMPANIONS = (
-    CONFIG,
-    "generation_config.json",
-    LEARNED,
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    DESCRIPTION,
-)
 TOKENIZER_FILES = (
     LEARNED,
     TOKENIZER_CONFIG,
@@ -37,6 +23,14 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+)
+COMPANIONS = (
+    CONFIG,
+    "generation_config.json",
+    *TOKENIZER_FILES,
+    "chat_template.jinja",
+    "chat_template.json",
+    DESCRIPTION,
 )
 MAX_BYTES = 64 << 20  # of one companion
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +11,11 @@ import torch
 from torch import Tensor
 
 from shardwright.checkpoint.exchange.companions import CONFIG, Copied, complete_tokenizer, copy_companions
+from shardwright.checkpoint.exchange.draft import drafted
 from shardwright.checkpoint.exchange.families import Stored, family_of, stored_tensors
 from shardwright.checkpoint.exchange.hugging_face import INDEX, WHOLE
 from shardwright.checkpoint.files import Entry, TensorFileWriter
-from shardwright.checkpoint.folder import sync_directory
 from shardwright.data.file import write_json
-from shardwright.errors import CheckpointError
 from shardwright.layout.box import Box, GlobalTensor
 from shardwright.nn.decoder import Decoder
 from shardwright.nn.initial import Values
@@ -66,36 +63,15 @@ def export(
     family = family_of(architecture) if base_config is None else str(base_config.get("model_type"))
     weights = _Weights(values, tensors_of(architecture), dtype or source_dtype)
     tensors = _by_stored_name(stored_tensors(architecture, family))
-    require_free(out)
-    draft = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}")
-    try:
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed and had the same id
-        draft.mkdir()
+    with drafted(out) as draft:
         num_bytes = _write_weights(draft, weights, tensors, max_shard_bytes, progress)
         copied = copy_companions(companions, draft) if companions is not None else Copied((), ())
         ids = complete_tokenizer(draft, architecture.max_positions)
         base = {**(base_config or {}), **ids}
         write_json(draft / CONFIG, hf_config(architecture, family, base, str(weights.dtype).removeprefix("torch.")))
         files = tuple(sorted(path.name for path in draft.iterdir()))
-        sync_directory(draft)
-        draft.rename(out)
-        sync_directory(draft.parent)
-    except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        problem = f"{out}: cannot be written: {error.strerror or error}"
-        raise CheckpointError(problem, "give a place that can be written and has room for the weights") from None
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     replaced = (_QWEN2_TOKENIZER,) if ids and family == "qwen2" else ()
     return Exported(family, num_bytes, files, copied.left_out + replaced)
-
-
-def require_free(out: Path) -> None:
-    """Raises CheckpointError where something is there already."""
-    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: is there already", "give a directory that is not there, or an empty one")
 
 
 def _by_stored_name(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
