@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 train: $(VENV)/installed
 	$(BIN)/shardwright train recipes/quickstart.toml
 	@echo; echo "what it has learnt to say:"
-	$(BIN)/shardwright generate "$$(ls -td runs/quickstart-* | head -1)" --prompt "def " --max-new-tokens 160 --temperature 0.7
+	$(BIN)/shardwright generate "$$(ls -td runs/quickstart-* | head -1)" --prompt "    def " --max-new-tokens 160 --temperature 0.7
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q
