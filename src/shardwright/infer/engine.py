@@ -78,7 +78,7 @@ class Engine:
         self.cache_bytes = 0
         """Of the last batch's cache on this rank."""
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, sequences: Sequence[Generated], num_groups: int) -> Iterator[Token]:
         """The tokens of one batch as they come. `sequences` are of this rank's data coordinate."""
         groups = self._grouped(sequences, num_groups)

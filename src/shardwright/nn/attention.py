@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shardwright.nn.cache import LayerCache, Places
+from shardwright.nn.function import Function
 from shardwright.nn.kernels import Kernels
 from shardwright.nn.linear import Linear
 from shardwright.nn.norm import RMSNorm
@@ -39,7 +40,7 @@ def rotary_frequencies(architecture: Architecture) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> Tensor:
-    low, high = x.view(*x.shape[:2], -1, head_dim)[:, :, :heads].chunk(2, dim=-1)
+    low, high = x.view(*x.shape[:2], -1, 2, head_dim // 2).narrow(2, 0, heads).unbind(3)
     from_low = low * sin
     low.mul_(cos).addcmul_(high, sin, value=-1)
     high.mul_(cos).add_(from_low)
@@ -94,19 +95,18 @@ class Rotary(nn.Module):
         As written that is done in place: x is used up.
         """
         cos, sin = self.tables(len(x), x) if self.places is None else self._tables_at(self.places, x)
-        return _Rotated.apply(x, cos, sin, heads, head_dim, self.kernels)  # type: ignore[return-value]
+        return _Rotated.of(x, cos, sin, heads, head_dim, self.kernels)
 
     def _tables_at(self, places: Places, x: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine at the positions of the tokens, each [T, B or 1, 1, D / 2]."""
         cos, sin = self.tables(self.architecture.max_positions, x)
         if places.common is not None:
-            at = slice(places.common, places.common + len(x))
-            return cos[at], sin[at]
+            return cos.narrow(0, places.common, len(x)), sin.narrow(0, places.common, len(x))
         rows = places.of(len(x)).clamp(max=self.architecture.max_positions - 1)  # what fills a prompt up may lie behind
         return cos[rows, 0], sin[rows, 0]
 
 
-class _Rotated(torch.autograd.Function):
+class _Rotated(Function):
     """A rotation needs nothing of its input, and is undone by the opposite angle."""
 
     @staticmethod

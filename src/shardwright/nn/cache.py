@@ -63,14 +63,15 @@ class LayerCache:
             begin = places.common
             self.length = begin + count
             for cache, new in ((self.keys, k_TBKD), (self.values, v_TBKD)):
-                cache[:, :, begin : begin + count] = new.permute(1, 2, 0, 3)
+                cache.narrow(2, begin, count).copy_(new.permute(1, 2, 0, 3))
         else:
             at = places.of(count).T  # [B, T]
             self.length = int(places.starts.max()) + count
             rows = torch.arange(len(at), device=at.device)[:, None]
             for cache, new in ((self.keys, k_TBKD), (self.values, v_TBKD)):
                 cache[rows, :, at] = new.transpose(0, 1)
-        return tuple(cache[:, :, : self.length].permute(2, 0, 1, 3) for cache in (self.keys, self.values))  # type: ignore[return-value]
+        keys, values = (cache.narrow(2, 0, self.length).permute(2, 0, 1, 3) for cache in (self.keys, self.values))
+        return keys, values
 
     def mask(self, count: int) -> dict[str, Any]:
         """What attention of `count` new tokens to all positions so far is told of which it may see."""

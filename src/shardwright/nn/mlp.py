@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardwright.nn.function import Function
 from shardwright.nn.kernels import Kernels
 from shardwright.nn.linear import Linear
 from shardwright.nn.parameters import Declaration, Part
@@ -55,7 +56,7 @@ class GatedKernels(Kernels):
         return GatedKernels(_gated_formula, _gated_backward_formula)
 
 
-class _Gated(torch.autograd.Function):
+class _Gated(Function):
     """Its input alone is kept."""
 
     @staticmethod
@@ -80,7 +81,7 @@ class GatedActivation(nn.Module):
 
     def forward(self, gate_up: Tensor) -> Tensor:
         """[..., 2 ffn], gate and up side by side, to [..., ffn]."""
-        return _Gated.apply(gate_up, self.kernels)  # type: ignore[return-value]
+        return _Gated.of(gate_up, self.kernels)
 
 
 class TanhGELU(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardwright.nn.function import Function
 from shardwright.nn.kernels import Kernels
 
 
@@ -57,7 +58,7 @@ class NormKernels(Kernels):
         return NormKernels(_normalise_formula, _normalise_backward_formula)
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Function):
     """Keeps its input and the scale of each row; a chain of operations would keep two copies of the input."""
 
     @staticmethod
@@ -85,9 +86,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., size]."""
-        if x.is_cuda and self.kernels == NormKernels():
-            return F.rms_norm(x, (self.size,), self.weight, self.eps)  # one kernel there; on CPUs a chain of ten
-        return _RMSNorm.apply(x, self.weight, self.eps, self.kernels)  # type: ignore[return-value]
+        if self.kernels == NormKernels() and (x.is_cuda or not torch.is_grad_enabled()):
+            # One kernel on CUDA; on CPUs a chain of operations, which a backward would keep more of than it needs.
+            return F.rms_norm(x, (self.size,), self.weight, self.eps)
+        return _RMSNorm.of(x, self.weight, self.eps, self.kernels)
 
 
 class LayerNorm(nn.Module):

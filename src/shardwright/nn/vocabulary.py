@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardwright.nn.linear import product
 from shardwright.nn.loss import linear_cross_entropy
 from shardwright.nn.parameters import Declaration
 
@@ -46,7 +47,7 @@ class Output(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., hidden] to [..., vocab]."""
-        return F.linear(x, self.weight)
+        return product(x, self.weight)
 
     def forward(self, x_TBC: Tensor, targets_TB: Tensor) -> Tensor:
         """The sum of the loss over the targets that carry one, a scalar of at least fp32."""

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from shardwright.comm.collectives import DONE, all_reduce
+from shardwright.nn.function import Function
+from shardwright.nn.linear import product
 from shardwright.nn.parameters import Declaration
 from shardwright.parallel.sink import GradientSink, sink_of
 from shardwright.parallel.tensor.region import Region
 
 
-class _Colwise(torch.autograd.Function):
+class _Colwise(Function):
     """Gather, then multiply. Backward, the collective of the input's gradient runs under the weight's product."""
 
     @staticmethod
@@ -32,7 +33,7 @@ class _Colwise(torch.autograd.Function):
         ctx.region, ctx.has_bias, ctx.sink, ctx.regathers = region, bias is not None, sink, regathers
         _announce(ctx, sink)
         if bias is None:
-            return F.linear(whole, weight)
+            return product(whole, weight)
         # With a bias F.linear gives a view of its product, and autograd forbids the rotation to work in place in a view
         # that a function of one's own returns.
         y = torch.addmm(bias, whole.flatten(0, -2), weight.T)
@@ -51,7 +52,7 @@ class _Colwise(torch.autograd.Function):
         return mine, grad_weight, grad_bias, None, None, None
 
 
-class _Kept(torch.autograd.Function):
+class _Kept(Function):
     """The input of a product, saved before the product is made.
 
     A recomputation ends when the last saved tensor is there again (see parallel/recompute.py). What the product itself
@@ -68,7 +69,7 @@ class _Kept(torch.autograd.Function):
         return grad
 
 
-class _Rowwise(torch.autograd.Function):
+class _Rowwise(Function):
     """Multiply, then sum over ranks. Backward, the gradient is gathered once for both products.
 
     `kept` is the node of `_Kept` that holds `x`, None where x needs no gradient.
@@ -83,7 +84,7 @@ class _Rowwise(torch.autograd.Function):
             ctx.save_for_backward(x)
         ctx.region, ctx.sink = region, sink
         _announce(ctx, sink)
-        return region.scatter_sum(F.linear(x, weight), "tensor/rowwise")
+        return region.scatter_sum(product(x, weight), "tensor/rowwise")
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
@@ -163,7 +164,7 @@ class ColwiseLinear(nn.Module):
         if self.shared is not None and torch.is_grad_enabled():
             weight = _SumOverHolders.apply(weight, self.shared, self.region)
             bias = bias if bias is None else _SumOverHolders.apply(bias, self.shared, self.region)
-        return _Colwise.apply(x, weight, bias, self.region, sink_of(weight), self.regathers)  # type: ignore[return-value]
+        return _Colwise.of(x, weight, bias, self.region, sink_of(weight), self.regathers)
 
 
 class RowwiseLinear(nn.Module):
@@ -183,6 +184,6 @@ class RowwiseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply and sum."""
-        x = _Kept.apply(x)
-        y = _Rowwise.apply(x, self.weight, self.region, sink_of(self.weight), x.grad_fn)
+        x = _Kept.of(x) if torch.is_grad_enabled() else x
+        y = _Rowwise.of(x, self.weight, self.region, sink_of(self.weight), x.grad_fn)
         return y if self.bias is None else y + self.bias  # type: ignore[return-value]

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from shardwright.comm.collectives import DONE, Handle, all_gather, all_reduce, reduce_scatter, share
 from shardwright.comm.mesh import Axis
+from shardwright.nn.function import Function
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class Region:
 
     def enter(self, x: Tensor, reason: str) -> Tensor:
         """`scatter_sum` as autograd sees it: the gradient is gathered."""
-        return _Enter.apply(x, self, reason)  # type: ignore[return-value]
+        return _Enter.of(x, self, reason)
 
 
-class _Enter(torch.autograd.Function):
+class _Enter(Function):
     @staticmethod
     def forward(ctx, x: Tensor, region: Region, reason: str) -> Tensor:  # type: ignore[override]
         ctx.region, ctx.reason = region, reason

@@ -22,6 +22,7 @@ from shardwright.data.batch import IGNORED
 from shardwright.layout.split import even_split
 from shardwright.nn.cache import Places
 from shardwright.nn.kernels import Kernels
+from shardwright.nn.linear import product
 from shardwright.nn.loss import add_product
 from shardwright.nn.parameters import Declaration
 from shardwright.parallel.sink import GradientSink, sink_of
@@ -137,7 +138,7 @@ class VocabularyOutput(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """[..., hidden], the same on every rank, to [..., vocab] on every rank; for inference."""
         axis, words = self.region.axis, self.declaration.locals["weight"][0].shape[0]
-        own = F.linear(x, self.weight)
+        own = product(x, self.weight)
         if axis.degree == 1:
             return own
         parts = own.new_zeros(axis.degree, *own.shape[:-1], self.most_words)
