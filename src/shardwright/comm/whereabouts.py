@@ -59,12 +59,29 @@ def _line(content: bytes | bytearray, offset: int) -> tuple[float, str]:
     return since, text.rstrip(b"\0").decode(errors="replace")
 
 
+class Listener(Protocol):
+    """Is told of every change, as `recorder.py`."""
+
+    def begin(self, doing: str) -> None:
+        """See `Whereabouts`."""
+        ...
+
+    def enter(self, collective: bytes) -> None:
+        """See `Whereabouts`."""
+        ...
+
+    def leave(self) -> None:
+        """See `Whereabouts`."""
+        ...
+
+
 class Whereabouts:
     """Says on a page where this rank is. Without one given, on its own, which nobody else sees."""
 
     def __init__(self, page: Page | None = None) -> None:
         self.page: Page = bytearray(SIZE) if page is None else page
         self.doing = ""
+        self.listener: Listener | None = None
         self._written = self.page
         self.begin("start")
 
@@ -72,14 +89,20 @@ class Whereabouts:
         """What this rank does from now on: an action of its schedule, or a phase outside it."""
         self.doing = doing
         _LINE.pack_into(self._written, _DOING, time.monotonic(), doing.encode())
+        if self.listener is not None:
+            self.listener.begin(doing)
 
     def enter(self, collective: bytes) -> None:
         """The rank begins to wait."""
         _LINE.pack_into(self._written, _WAITING, time.monotonic(), collective)
+        if self.listener is not None:
+            self.listener.enter(collective)
 
     def leave(self) -> None:
         """It waits no longer."""
         _LINE.pack_into(self._written, _WAITING, time.monotonic(), b"")
+        if self.listener is not None:
+            self.listener.leave()
 
     def pass_by(self, collective: bytes) -> None:
         """The host has waited for a collective: with gloo it is over then, with NCCL see `watch.py`."""

@@ -41,6 +41,7 @@ class Kind(StrEnum):
         return self in (Kind.RECEIVE_INPUT, Kind.RECEIVE_GRADIENT)
 
 
+_BY_VALUE = {kind.value: kind for kind in Kind}
 _COMPUTE = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT})
 
 
@@ -59,6 +60,14 @@ class Action:
     def in_words(self) -> str:
         """As where a rank is seen: B stage 1 microbatch 3."""
         return f"{self.kind.value} stage {self.stage} microbatch {self.microbatch}"
+
+    @staticmethod
+    def from_words(text: str) -> Action | None:
+        """The action of such words; None for other ones."""
+        match text.split():
+            case [kind, "stage", stage, "microbatch", microbatch] if kind in _BY_VALUE:
+                return Action(_BY_VALUE[kind], int(stage), int(microbatch))
+        return None
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf
+from math import inf, nan
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -121,6 +121,26 @@ def simulate(
     once more if it had to wait. `until` leaves out what begins then or later. Raises ScheduleError if some action waits
     for ever.
     """
+    return _timeline(schedule, _of_stages(schedule, costs), transfer, until)
+
+
+def replay(schedule: Schedule, durations: Mapping[Action, float], transfer: float = 0.0) -> Timeline:
+    """The same, where each action that computes takes as long as it was measured to.
+
+    Raises ScheduleError if the time of an action is missing.
+    """
+
+    def measured(kind: Kind, stage: int) -> list[float]:
+        actions = (Action(kind, stage, microbatch) for microbatch in range(schedule.num_microbatches))
+        return [durations.get(action, nan) for action in actions]
+
+    for action in (action for actions in schedule.actions for action in actions if action.kind.computes):
+        if action not in durations:
+            raise ScheduleError(f"schedule {schedule.name}: no time of {action} was measured", "record a whole step")
+    return _timeline(schedule, measured, transfer, None)
+
+
+def _timeline(schedule: Schedule, costs: _Costs, transfer: float, until: float | None) -> Timeline:
     spans: list[list[Span]] = [[] for _ in schedule.actions]
     run = _Run(schedule, costs, transfer, until, spans)
     sequence = sorted(run.finished, key=attrgetter("begin"))  # stable: at equal times the order of simulation
@@ -129,14 +149,26 @@ def simulate(
 
 def simulated_totals(schedule: Schedule, costs: Sequence[StageCost] | None = None, transfer: float = 0.0) -> Totals:
     """What `simulate` gives, summed up by rank: for large schedules in less than half of the time."""
-    run = _Run(schedule, costs, transfer, None, None)
+    run = _Run(schedule, _of_stages(schedule, costs), transfer, None, None)
     return Totals(tuple(run.begins), tuple(run.free), tuple(run.busy))
 
 
-class _Task(NamedTuple):
-    """What a kind of action does on a stage, for any microbatch: `inputs` are (result, its ends, its transfer)."""
+_Costs = Callable[[Kind, int], Sequence[float]]
+"""What a kind of action costs on a stage, by microbatch."""
 
-    cost: float
+
+def _of_stages(schedule: Schedule, costs: Sequence[StageCost] | None) -> _Costs:
+    """The same for all microbatches of a stage."""
+    given = [StageCost()] * schedule.num_stages if costs is None else costs
+    if len(given) != schedule.num_stages:
+        raise ScheduleError(f"costs: {len(given)} are given for {schedule.num_stages} stages", "one per stage")
+    return lambda kind, stage: [given[stage].of(kind)] * schedule.num_microbatches
+
+
+class _Task(NamedTuple):
+    """What a kind of action does on a stage, by microbatch: `inputs` are (result, its ends, its transfer)."""
+
+    costs: Sequence[float]
     inputs: tuple[tuple[Result, list[float | None], float], ...]
     gives: Result | None
     given: list[float | None]
@@ -151,14 +183,11 @@ class _Run:
     def __init__(
         self,
         schedule: Schedule,
-        costs: Sequence[StageCost] | None,
+        costs: _Costs,
         transfer: float,
         until: float | None,
         spans: list[list[Span]] | None,
     ) -> None:
-        costs = [StageCost()] * schedule.num_stages if costs is None else costs
-        if len(costs) != schedule.num_stages:
-            raise ScheduleError(f"costs: {len(costs)} are given for {schedule.num_stages} stages", "one per stage")
         self.schedule, self.spans, self.until = schedule, spans, until
         self.finished: list[Span] = []
         self.free = [0.0] * schedule.num_ranks
@@ -177,11 +206,11 @@ class _Run:
         if until is None:
             self._check_finished()
 
-    def _programs(self, costs: Sequence[StageCost], transfer: float) -> list[list[tuple[Action, _Task]]]:
+    def _programs(self, costs: _Costs, transfer: float) -> list[list[tuple[Action, _Task]]]:
         """Of each rank the actions that compute, and what they do."""
         tasks = {
-            (kind, stage): self._task(kind, stage, cost, transfer)
-            for stage, cost in enumerate(costs)
+            (kind, stage): self._task(kind, stage, costs(kind, stage), transfer)
+            for stage in range(self.schedule.num_stages)
             for kind in Kind
             if kind.computes
         }
@@ -190,13 +219,13 @@ class _Run:
             for actions in self.schedule.actions
         ]
 
-    def _task(self, kind: Kind, stage: int, cost: StageCost, transfer: float) -> _Task:
+    def _task(self, kind: Kind, stage: int, costs: Sequence[float], transfer: float) -> _Task:
         placement, inputs = self.schedule.placement, []
         for need in needs(kind, stage, len(placement)):
             delay = 0.0 if placement[need[1]] == placement[stage] else transfer
             inputs.append((need, self.ends[need], delay))
         gives = result(kind, stage)
-        return _Task(cost.of(kind), tuple(inputs), gives, self.ends[gives] if gives else [])
+        return _Task(costs, tuple(inputs), gives, self.ends[gives] if gives else [])
 
     def _advance(self, rank: int) -> list[int]:
         """Simulate a rank until it waits or has finished; gives the ranks that waited for what it computed."""
@@ -215,8 +244,9 @@ class _Run:
                     begin = end + delay
             if begin >= until:
                 return woken
-            free = begin + task.cost
-            busy += task.cost
+            cost = task.costs[microbatch]
+            free = begin + cost
+            busy += cost
             if position == 0:
                 self.begins[rank] = begin
             self.positions[rank], self.free[rank], self.busy[rank] = position + 1, free, busy

@@ -15,10 +15,12 @@ from shardwright.optim.optimizers import SGD, AdamW
 from shardwright.optim.schedule import learning_rate
 from shardwright.parallel.compose import Runtime
 from shardwright.record.records import MemoryRecord, StepRecord, ValidationRecord
+from shardwright.record.timeline import TimelineRecord
 from shardwright.train.batches import batch_at
 from shardwright.train.evaluate import evaluate
 from shardwright.train.ledger import StepMemory
 from shardwright.train.step import StepResult, Votes, train_step
+from shardwright.train.timeline import StepTimeline
 from shardwright.units import Seconds
 
 
@@ -85,7 +87,8 @@ class Observer(Protocol):
 
 @dataclass
 class Outcome:
-    """How a run ended: the steps that it did, since it went on. `memory` is what the rank held in the first of them."""
+    """How a run ended: the steps that it did, since it went on. `memory` is what the rank held in the first of them,
+    `timeline` what it did when in a later one, if there was one."""
 
     steps: int = 0
     skipped: int = 0
@@ -94,6 +97,16 @@ class Outcome:
     first_validation: ValidationRecord | None = None
     last_validation: ValidationRecord | None = None
     memory: MemoryRecord | None = None
+    timeline: TimelineRecord | None = None
+
+
+_TIMED = 5
+"""Steps before the one whose times are recorded: the first ones are slower."""
+
+
+def _watched(index: int, count: int) -> str:
+    """What is recorded of a step of a run of so many: the memory of the first, the time of a later one."""
+    return "memory" if index == 0 else "time" if index == min(_TIMED, count - 1) else ""
 
 
 @dataclass
@@ -119,7 +132,7 @@ class TrainingLoop:
         if standing.validated != first and (first == 0 or self._is_validated(first)):
             self._validate(first)
         while standing.step < last:
-            result = self._step(measured=standing.step == first)
+            result = self._step(_watched(standing.step - first, last - first))
             self._stand(result)
             if standing.nonfinite >= train.max_nonfinite_steps:
                 raise _diverged(result, standing.step, standing.nonfinite)
@@ -151,16 +164,19 @@ class TrainingLoop:
         every = self.runtime.plan.spec.data.eval_every
         return bool(every) and step % every == 0
 
-    def _step(self, *, measured: bool) -> StepResult:
+    def _step(self, watched: str) -> StepResult:
         plan, began, step = self.runtime.plan, time.perf_counter(), self.standing.step
-        self.runtime.mesh.whereabouts.begin(f"step {step + 1}")
+        mesh = self.runtime.mesh
+        mesh.whereabouts.begin(f"step {step + 1}")
         batch = batch_at(self.runtime, self.dataset.train, self.standing.position)
         lr = learning_rate(plan.spec.train, step)
-        with StepMemory(self.runtime, self.optimizer) if measured else nullcontext() as memory:
+        memory = StepMemory(self.runtime, self.optimizer)
+        timeline = StepTimeline(mesh, step + 1)
+        with {"memory": memory, "time": timeline}.get(watched, nullcontext()):
             votes, stop = self.saving.votes(), self.stop_requested()
             result = train_step(self.runtime, self.optimizer, batch, lr, stop=stop, votes=votes)
-        if memory is not None:
-            self.outcome.memory = memory.record
+        self.outcome.memory = memory.record or self.outcome.memory
+        self.outcome.timeline = timeline.record or self.outcome.timeline
         seconds = time.perf_counter() - began
         rate = result.num_tokens / seconds
         flops = plan.architecture.flops_per_token(plan.sequence_length)

@@ -190,6 +190,7 @@ def _write_ledgers(directory: RunDirectory, mesh: Mesh, plan: Plan, outcome: Out
             "measured": mesh.ledger.as_records(),
             "estimated_per_step": [record.as_row() for record in estimated_communication(plan, mesh.rank)],
         },
+        "timeline": outcome.timeline.as_json() if outcome.timeline else None,
     }
     directory.rank(mesh.rank).parent.mkdir(exist_ok=True)
     write_json(directory.rank(mesh.rank), content)
