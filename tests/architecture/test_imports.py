@@ -16,7 +16,8 @@ SOURCE = Path(__file__).parents[2] / "src" / PACKAGE
 # The order that docs/architecture.md gives. `record` stands above `cost`: an estimate is a record as a measurement is.
 # `data` stands in the upper half: it is numpy and files, and preparing a corpus needs no torch.
 UPPER = ("errors", "units", "spec", "layout", "record", "schedule", "cost", "plan", "report", "data")
-LOWER = ("comm", "nn", "optim", "parallel", "checkpoint", "train", "infer", "verify", "cli", "__main__", "api")
+LOWER = ("comm", "nn", "optim", "parallel", "checkpoint", "train", "infer", "verify", "compare", "cli")
+LOWER += ("__main__", "api")
 HOUSE = UPPER + LOWER
 NOT_IN_NN = ("comm", "schedule", "parallel")  # the model as one device would write it
 

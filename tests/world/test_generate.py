@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from layouts import LLAMA
 from layouts import plan_of as layouts_plan
 from pool import Place, Pool
 from test_hugging_face import DRY, GPT2, LLAMA3, SIZES
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardwright.checkpoint.save import save
@@ -238,7 +241,18 @@ def test_lines_in_lines_out_and_stop_strings(
         (["{empty}", "--prompt", "a"], "has neither manifest.json nor config.json"),
         (["{other}", "--prompt", "a"], 'model_type "mamba" is not built'),
         (["{bare}", "--prompt", "a"], "no tokenizer in"),
-        (["{llama}", "--prompt", "a" * 160], "number 1 has 160 tokens, and the model's context is 160"),
+        (["{llama}", "--prompt", "a" * 160], "--prompt: number 1 has 160 tokens, and the model's context is 160"),
+        (["{llama}", "--prompts", "{long}"], "long, line 2 has 160 tokens, and the model's context is 160"),
+        (["{llama}", "--prompts", "{half}"], "half, line 1 is not Unicode text: '\\ud800' at character 1"),
+        (["{llama}", "--prompt", "a", "--out", "{empty}"], "empty: is a directory"),
+        (["{wide}", "--prompt", "a"], "and [model] wants [301, "),
+        (["{cut}", "--prompt", "a"], "not a whole safetensors file"),
+        (["{broken}", "--prompt", "a"], "generation_config.json: not JSON"),
+        (["{llama}", "--prompt", "a", "data.separator=x"], "has one of its own"),
+        (["{llama}", "--prompt", "a", "train.global_batch_size=2"], "train.global_batch_size: only training reads it"),
+        (["{llama}", "--prompt", "a", "parallel.pipeline_schedule=zbv"], "parallel.pipeline_schedule: only training"),
+        (["{llama}", "--prompt", "a", "parallel.virtual_stages=2"], "generation has one stage on each rank, not 2"),
+        (["{llama}", "--prompt", "a", "parallel=3"], "parallel: 3 is not a table"),
         (["{llama}", "--prompt", "a", "--temperature", "-1"], "--temperature: -1 is not at least 0"),
         (["{llama}", "--prompt", "a", "--top-p", "0"], "--top-p: 0 is not above 0"),
         (["{llama}", "--prompt", "a", "--top-k", "-2"], "--top-k: -2 is negative"),
@@ -267,8 +281,15 @@ def test_bad_input_is_one_clear_line(
     config = json.loads((models["llama"] / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
+    for name in ("wide", "cut", "broken"):
+        shutil.copytree(models["llama"], tmp_path / name)
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB + 1}))
+    os.truncate(tmp_path / "cut" / "model.safetensors", 20_000)
+    (tmp_path / "broken" / "generation_config.json").write_text("{")
+    (tmp_path / "long").write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "a" * 160}))
+    (tmp_path / "half").write_text('{"prompt": "\\ud800"}')
     (tmp_path / "bad").write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    paths = {name: str(tmp_path / name) for name in ("empty", "other", "bare", "bad")} | {"llama": str(models["llama"])}
+    paths = {path.name: str(path) for path in tmp_path.iterdir()} | {"llama": str(models["llama"])}
     given = ["shardwright", "generate", *(argument.format(**paths) for argument in arguments)]
     monkeypatch.setattr(sys, "argv", given)
     with pytest.raises(SystemExit) as left:  # before any rank is started
@@ -294,5 +315,62 @@ def test_a_killed_rank_ends_the_job(models: dict[str, Path]) -> None:
     time.sleep(3)
     os.kill(ranks[1], signal.SIGKILL)
     assert process.wait(30) == 1
-    assert process.stderr is not None and "killed by signal 9" in process.stderr.read()
+    assert process.stderr is not None and "lower --batch-size or shard more" in process.stderr.read()
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+LIVE = (sys.executable, "-m", "shardwright", "generate")
+ENDLESS = ("--prompt", "go on", "--max-new-tokens", "150", "--batch-size", "1")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_reader_that_leaves_ends_it_quietly(models: dict[str, Path], ranks: int) -> None:
+    asked = [*LIVE, str(models["llama"]), f"parallel.pp={ranks}", *ENDLESS]
+    process = subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    told = process.stderr.read().decode()
+    assert process.wait(60) == 0
+    assert "Traceback" not in told and "Broken" not in told
+
+
+def test_characters_that_a_terminal_lacks_are_replaced(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = shardwright(str(models["llama"]), "--prompt", "é", "--max-new-tokens", "3")
+    assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
+    done = shardwright(str(models["llama"]), "--prompt", "é", "--max-new-tokens", "3", "--json")
+    assert json.loads(done.stdout)["completions"][0]["prompt"] == "é"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stop_is_heard_at_once(models: dict[str, Path], ranks: int) -> None:
+    many = [argument for _ in range(2000) for argument in ENDLESS[:2]]
+    asked = [*LIVE, str(models["llama"]), f"parallel.tp={ranks}", *many, *ENDLESS]
+    process = subprocess.Popen(asked, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    time.sleep(12)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    assert process.wait(30) == 130 and time.monotonic() - began < 10
+    assert process.stderr is not None and "stopped by SIGINT" in process.stderr.read()
+
+
+def test_the_end_of_texts_may_be_named(models: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(models["llama"], tmp_path / "named")
+    (tmp_path / "named" / "shardwright-tokenizer.json").unlink()
+    letters = {chr(33 + index): index for index in range(90)}
+    inner = Tokenizer(WordLevel(letters | {"<|eot|>": 90}, unk_token="!"))
+    inner.save(str(tmp_path / "named" / "tokenizer.json"))
+    done = shardwright(str(tmp_path / "named"), "--prompt", "a")
+    assert done.returncode == 2 and 'data.separator = "<|eot|>"' in done.stderr
+    done = shardwright(str(tmp_path / "named"), "--prompt", "a", "--max-new-tokens", "2", "data.separator=<|eot|>")
+    assert done.returncode == 0, done.stderr
+
+
+def test_torchrun_tells_an_error_once(models: dict[str, Path]) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    asked = [*torchrun, "--no-python", *LIVE, str(models["llama"]), "--prompt", "a", "parallel.tp=3"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and done.stderr.count("parallel.tp: 3 does not divide") == 1

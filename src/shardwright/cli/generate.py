@@ -31,7 +31,7 @@ def generate(
         float, typer.Option("--top-p", help="Only the most probable tokens that make up this much.")
     ] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Only so many of the most probable tokens; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option("--seed", help="The same seed draws the same tokens on any layout.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="In fp32 the same seed draws the same on any layout.")] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="A text that ends a generation; repeatable.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts at a time on each data rank.")] = 16,
     microbatches: Annotated[
@@ -46,14 +46,26 @@ def generate(
     \b
     Example: shardwright generate runs/quickstart-1 --prompt "def " --max-new-tokens 200 parallel.tp=2
     """
-    from shardwright.errors import RunError
-    from shardwright.infer.prepare import Request, read_prompts
+    from shardwright.comm.job import found_job
+    from shardwright.errors import RunError, ShardwrightError
+    from shardwright.infer.prepare import Request, numbered, read_prompts
     from shardwright.infer.run import generate as run
     from shardwright.infer.settings import Settings
 
-    if prompt and prompts:
-        raise RunError("--prompts: given beside --prompt", "give one of them")
-    settings = Settings(max_new_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
-    texts = tuple(read_prompts(prompts) if prompts else prompt or ())
-    request = Request(source, tuple(overrides or ()), texts, settings, batch_size, microbatches, out)
-    raise typer.Exit(run(request, as_json=as_json))
+    try:
+        if prompt and prompts:
+            raise RunError("--prompts: given beside --prompt", "give one of them")
+        settings = Settings(max_new_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
+        given = prompt or []
+        texts = read_prompts(prompts) if prompts else dict(zip(numbered("--prompt", len(given)), given, strict=True))
+        origins, fields = tuple(texts), tuple(overrides or ())
+        request = Request(source, fields, tuple(texts.values()), origins, settings, batch_size, microbatches, out)
+        code = run(request, as_json=as_json)
+    except ShardwrightError as error:
+        place = found_job()
+        if place is None:
+            raise
+        from shardwright.comm.worker import refuse
+
+        refuse(place, error)  # all ranks meet it, and one tells it
+    raise typer.Exit(code)

@@ -9,9 +9,11 @@ import typer
 
 from shardwright import __version__
 from shardwright.cli.checkpoint import app as checkpoint
+from shardwright.cli.compare import compare
 from shardwright.cli.data import app as data
 from shardwright.cli.generate import generate
 from shardwright.cli.plan import plan
+from shardwright.cli.report import report
 from shardwright.cli.train import train
 from shardwright.cli.verify import verify
 from shardwright.errors import ShardwrightError
@@ -34,7 +36,9 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(train)
 app.command()(verify)
+app.command()(compare)
 app.command()(generate)
+app.command()(report)
 app.add_typer(data, name="data")
 app.add_typer(checkpoint, name="checkpoint")
 

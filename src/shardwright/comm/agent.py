@@ -147,7 +147,8 @@ class Agent(LocalElasticAgent):
                 if code and rank not in causes and code == -signal.SIGABRT and overdue:
                     causes[rank] = Cause.of_hang(rank, "NCCL's watchdog ended it")
                 elif code and rank not in causes:
-                    causes[rank] = Cause.of_exit(rank, code, _out_of_memory_kills() > self._kills_before)
+                    out_of_memory = _out_of_memory_kills() > self._kills_before
+                    causes[rank] = Cause.of_exit(rank, code, out_of_memory, self._job.to_lower)
             first = first_cause(causes.values())
             assert first is not None, "called after a rank has failed"
             if first.kind is not Kind.ECHO or not self._running() or time.monotonic() > deadline:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
+from shardwright.comm.job import TO_LOWER
 from shardwright.errors import ShardwrightError
 
 # The words of gloo, NCCL and the store for "a rank has not come in time".
@@ -72,16 +73,16 @@ class Cause:
         return cls(rank, Kind.HANG, time.time(), f"rank {rank} waited in a collective until its timeout:\n{how}")
 
     @classmethod
-    def of_exit(cls, rank: int, code: int, out_of_memory: bool) -> Cause:
+    def of_exit(cls, rank: int, code: int, out_of_memory: bool, to_lower: str = TO_LOWER) -> Cause:
         """The cause of a rank that ended without a word, from its exit code (negative: the signal's number)."""
         if code >= 0:
             return cls(rank, Kind.EXIT, time.time(), f"rank {rank} left with exit code {code}")
         name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
         text = f"rank {rank} was killed by signal {-code} ({name})"
         if out_of_memory:
-            text += "\n  memory ran out and the kernel killed it: lower train.micro_batch_size or shard more"
+            text += f"\n  memory ran out and the kernel killed it: lower {to_lower} or shard more"
         elif -code == signal.SIGKILL:
-            text += "\n  if nobody did that, memory ran out (see dmesg): lower train.micro_batch_size or shard more"
+            text += f"\n  if nobody did that, memory ran out (see dmesg): lower {to_lower} or shard more"
         return cls(rank, Kind.SIGNAL, time.time(), text)
 
     @property

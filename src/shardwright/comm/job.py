@@ -12,6 +12,7 @@ from typing import Literal
 from shardwright.errors import RunError
 from shardwright.units import Seconds
 
+TO_LOWER = "train.micro_batch_size"
 GRACE_PERIOD, COLLECTIVE_TIMEOUT = Seconds(30), Seconds(600)
 FIRST_PORT, NUM_PORTS = 12_000, 20_000  # below the range from which the kernel hands out ports to outgoing connections
 
@@ -22,7 +23,8 @@ class Job:
 
     `backend` "auto" is NCCL on GPUs, one for each rank, and gloo on CPUs; over gloo several ranks may share a GPU.
     A rank that has not left `grace_period` after a stop request is killed; a collective that takes longer than
-    `collective_timeout` fails. After a failure all ranks are started anew, `max_restarts` times at most.
+    `collective_timeout` fails. After a failure all ranks are started anew, `max_restarts` times at most. `to_lower` is
+    what a person lowers where memory runs out.
     """
 
     world_size: int
@@ -33,6 +35,7 @@ class Job:
     max_restarts: int = 0
     grace_period: Seconds = GRACE_PERIOD
     collective_timeout: Seconds = COLLECTIVE_TIMEOUT
+    to_lower: str = TO_LOWER
 
     @property
     def resolved_backend(self) -> Literal["nccl", "gloo"]:

@@ -25,7 +25,7 @@ from shardwright.comm.stop import StopRequest, follow_parent, leave_now, listeni
 from shardwright.comm.store import Store, world_store
 from shardwright.comm.watch import MARGIN, StreamWhereabouts, Watch
 from shardwright.comm.whereabouts import SIZE, Page, Whereabouts
-from shardwright.errors import RunError
+from shardwright.errors import RunError, ShardwrightError
 from shardwright.layout.mesh import Topology
 from shardwright.units import Seconds
 
@@ -182,6 +182,17 @@ def attend(job: Job, place: Place) -> int:
     if stop.requested and place.rank == 0:
         print(f"stopped by {stop.requested}", file=sys.stderr, flush=True)
     return stop.exit_code
+
+
+def refuse(place: Place, error: ShardwrightError) -> NoReturn:
+    """End a rank that torchrun or srun started and that has met an error before its world did, as `attend` would: the
+    first rank to meet it tells it for all."""
+    board = Board(place, JOINING, bytearray(SIZE))
+    try:
+        board.open(world_store(place, JOINING))
+    except (RuntimeError, OSError):  # there is no world: each speaks for itself
+        raise error from None
+    board.fail(Cause.of_exception(place.rank, error))
 
 
 def _share_cores(place: Place) -> None:

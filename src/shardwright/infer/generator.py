@@ -52,7 +52,7 @@ class Generator:
 
     def __init__(self, source: str, plan: Plan, mesh: Mesh) -> None:
         self.plan, self.mesh, self._source = plan, mesh, source
-        self.tokenizer = tokenizer_of(source)
+        self.tokenizer = tokenizer_of(source, plan.spec.data.separator)
         self._runtime = compose(plan, mesh, values=initial_values(plan, mesh), trains=False)
         self.pace = Pace()
 
@@ -71,7 +71,7 @@ class Generator:
     def stream(
         self, prompts: Sequence[str], settings: Settings, *, batch_size: int = 16, groups: int = 0
     ) -> Iterator[tuple[Token, str]]:
-        """Tokens of this rank's prompts as they come, each with the text that its prompt has so far.
+        """Tokens of this rank's prompts as they come, each with the text that its prompt has so far, which only grows.
 
         The prompts are divided over the data axes in their order. To be gone through to its end, on every rank.
         """
@@ -85,8 +85,7 @@ class Generator:
                 if not self.pace.tokens:
                     self.pace.first = time.perf_counter() - began
                 self.pace.tokens += 1
-                complete = token.finish is not None
-                yield token, text_of(known[token.prompt].tokens, ends, complete=complete)
+                yield token, text_of(known[token.prompt], ends)
             self._note_cache(engine, batch, ends.context, settings)
         self.pace.seconds = time.perf_counter() - began
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Sequence
+from typing import Any
 
 from shardwright.comm.collectives import barrier, broadcast_text
 from shardwright.comm.memory import keep_freed_memory
 from shardwright.comm.worker import Worker
 from shardwright.errors import RunError
 from shardwright.infer.generator import Completion, Generator, Pace
+from shardwright.infer.out import write_out
 from shardwright.infer.prepare import Request
 from shardwright.layout.mesh import Topology
 from shardwright.units import format_bytes, format_seconds
@@ -28,21 +30,44 @@ def main(worker: Worker, arguments: tuple[str, ...]) -> None:
     generator = Generator.of(source, worker, request.overrides)
     first = worker.rank == 0
     live = first and len(request.prompts) == 1 and not as_json and request.out is None
-    completions = _completed(generator, request, sys.stdout if live else None)
+    output = Output(alone=worker.world_size == 1)
+    completions = _completed(generator, request, worker, output if live else None)
     paces = _paces(generator)
     if first:
-        rows = [_row(completion) for completion in completions]
-        if request.out is not None:
-            _write(Path(request.out), rows)
-        if as_json:
-            print(json.dumps({"completions": rows, "pace": [vars(pace) for pace in paces]}, ensure_ascii=False))
-        elif request.out is None and not live:
-            print("\n\n".join(completion.prompt + completion.text for completion in completions))
+        if not live:
+            give(completions, paces, request.out, output, as_json=as_json)
         print(_told(paces, sum(len(completion.tokens) for completion in completions)), file=sys.stderr, flush=True)
     barrier(generator.mesh.world)
 
 
-def _completed(generator: Generator, request: Request, live: TextIO | None) -> list[Completion]:
+class Output:
+    """Standard output. Characters that it has none of are replaced; once nobody reads it, nothing is said any more."""
+
+    def __init__(self, *, alone: bool) -> None:
+        self._alone = alone
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+
+    def write(self, text: str) -> None:
+        """Write at once. Raises RunError, and SystemExit where nobody reads or waits any more."""
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if self._alone:
+                raise SystemExit from None
+        except OSError as error:
+            raise RunError(f"standard output: cannot be written: {error.strerror}", "give it another place") from None
+
+    @staticmethod
+    def json(content: object) -> str:
+        """A line of JSON, in which nothing has to be replaced."""
+        unicode = sys.stdout.encoding.lower().startswith("utf")
+        return json.dumps(content, ensure_ascii=not unicode) + "\n"
+
+
+def _completed(generator: Generator, request: Request, worker: Worker, live: Output | None) -> list[Completion]:
     """All completions; the one prompt's text is printed as it comes where it is live."""
     shown = ""
     if live is not None:
@@ -50,9 +75,10 @@ def _completed(generator: Generator, request: Request, live: TextIO | None) -> l
 
     def show(text: str) -> None:
         nonlocal shown
+        if worker.stop.requested:
+            raise SystemExit  # the others lose this rank, and there is nothing to save
         if live is not None:
             live.write(text[len(shown) :])
-            live.flush()
             shown = text
 
     found = generator.complete(
@@ -61,6 +87,25 @@ def _completed(generator: Generator, request: Request, live: TextIO | None) -> l
     if live is not None:
         live.write("\n")
     return found
+
+
+def give(
+    completions: Sequence[Completion], paces: list[Pace], out: str | None, output: Output, *, as_json: bool
+) -> None:
+    """Write all completions where they were asked for. Where that fails at last they are on standard output."""
+    rows = [_row(completion) for completion in completions]
+    if as_json:
+        output.write(output.json({"completions": rows, "pace": [vars(pace) for pace in paces]}))
+    elif out is None:
+        output.write("\n\n".join(completion.prompt + completion.text for completion in completions) + "\n")
+    if out is None:
+        return
+    try:
+        write_out(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    except RunError as error:
+        if not as_json:
+            output.write("".join(map(output.json, rows)))
+        raise RunError(error.problem, "the lines are on standard output instead") from None
 
 
 def _paces(generator: Generator) -> list[Pace]:
@@ -92,13 +137,3 @@ def _row(completion: Completion) -> dict[str, Any]:
         "tokens": list(completion.tokens),
         "finish_reason": str(completion.finish),
     }
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the lines so that the file is either complete or not there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise RunError(f"--out: {path}: cannot be written: {error.strerror}", "give another place") from None

@@ -3,7 +3,8 @@
 Note: chance by counting. The random numbers of a choice depend on (seed, prompt, place in its text, token) alone: those
 of a batch's other prompts, the number of ranks and the order of work do not matter. The token is the largest of logit
 plus Gumbel noise, which draws from the softmax (Gumbel 1954; Maddison, Tarlow and Minka 2014) without summing it up, so
-that the rounding of a sum over the vocabulary, which differs between layouts, decides nothing.
+that the rounding of a sum over the vocabulary, which differs between layouts, decides nothing. Logits themselves are
+rounded: in fp32 too little to matter, in bf16 so much that another layout or batch may choose another token.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def choose(logits_BV: Tensor, places: Sequence[tuple[int, int]], settings: Setti
     """The next token of each sequence, int64 [B]. `places`: (number of the prompt, tokens generated before)."""
     if settings.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    logits = logits_BV.double() / settings.temperature
+    logits = logits_BV.double()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / settings.temperature  # the largest is 0, however cold
     logits = _among_largest(logits, settings.top_k)
     logits = _within_mass(logits, settings.top_p)
     return (logits + _gumbel(logits, places, settings.seed)).argmax(dim=-1)

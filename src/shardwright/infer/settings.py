@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -31,7 +32,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise RunError(f"--max-new-tokens: {self.max_new_tokens} is not at least 1", "give 1 or more")
-        if not 0 <= self.temperature < float("inf"):
+        if not math.isfinite(self.temperature):
+            raise RunError(f"--temperature: {self.temperature} is not a finite number", "0 is greedy, 1 samples as is")
+        if self.temperature < 0:
             raise RunError(f"--temperature: {self.temperature:g} is not at least 0", "0 is greedy, 1 samples as is")
         if not 0 < self.top_p <= 1:
             raise RunError(f"--top-p: {self.top_p:g} is not above 0 and at most 1", "1 leaves no token out")

@@ -20,7 +20,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     left.
     """
     rows = x.numel() // max(1, x.shape[-1])
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not 1 < rows <= _FEW_ROWS:
+    decodes = torch.is_inference_mode_enabled() and 1 < rows <= _FEW_ROWS
+    if not decodes or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight)
     return (weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], len(weight))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -92,6 +93,7 @@ def print_summary(
     outcome: Outcome,
     steps: Sequence[StepRecord],
     memory: Sequence[tuple[MemoryRecord, MemoryRecord]],
+    report: Path | None = None,
 ) -> None:
     """How the run went: losses, speed, memory estimated beside measured, where it is and what to do next."""
     console = make_console()
@@ -112,6 +114,8 @@ def print_summary(
     saved = directory.newest_checkpoint()
     where = f", {saved.relative_to(directory.path)}" if saved is not None else ""
     console.print(f"run {state}: {directory.path}  (steps.jsonl, validation.jsonl, plan.json, ranks/{where})")
+    if report is not None:
+        console.print(f"look at it: {report} in a browser", soft_wrap=True)
     if outcome.stopped and saved is not None:
         again = f"shardwright train {recipe} --run-dir {directory.path} --resume"
         console.print(f"go on with: [bold]{again}[/]", soft_wrap=True)

@@ -22,8 +22,10 @@ from shardwright.plan.memory import estimated_memory
 from shardwright.plan.plan import Plan
 from shardwright.record.records import MemoryRecord, SaveRecord, StepRecord, ValidationRecord
 from shardwright.record.store import JsonLines, read_json, read_lines, write_json
+from shardwright.report.files import write_report
 from shardwright.train.console import ConsoleProgress, make_console, print_summary
 from shardwright.train.directory import RunDirectory
+from shardwright.train.environment import environment
 from shardwright.train.loop import NotSaving, Observer, Outcome, TrainingLoop
 from shardwright.train.prepare import Prepared, Request, open_data, prepare_run
 from shardwright.train.saving import Checkpoints
@@ -152,7 +154,8 @@ def _train(worker: Worker, prepared: Prepared, dataset: Dataset, mesh: Mesh, rec
     if records is not None:
         records.finish()
         outcome.first_validation = records.first_validation or outcome.first_validation
-        print_summary(recipe, directory, outcome, records.steps, _read_ledgers(directory, plan))
+        ledgers, report = _read_ledgers(directory, plan), _write_report(directory, tell)
+        print_summary(recipe, directory, outcome, records.steps, ledgers, report)
 
 
 class Teller:
@@ -191,9 +194,19 @@ def _write_ledgers(directory: RunDirectory, mesh: Mesh, plan: Plan, outcome: Out
             "estimated_per_step": [record.as_row() for record in estimated_communication(plan, mesh.rank)],
         },
         "timeline": outcome.timeline.as_json() if outcome.timeline else None,
+        "environment": environment(mesh.device),
     }
     directory.rank(mesh.rank).parent.mkdir(exist_ok=True)
     write_json(directory.rank(mesh.rank), content)
+
+
+def _write_report(directory: RunDirectory, tell: Teller) -> Path | None:
+    """The page of the run; None where it could not be made, which is said and harms nothing else."""
+    try:
+        return write_report([directory.path])[0]
+    except Exception as error:  # training is done, whatever is wrong with its picture
+        tell(f"no report was written: {error}".splitlines()[0])
+        return None
 
 
 def _read_ledgers(directory: RunDirectory, plan: Plan) -> list[tuple[MemoryRecord, MemoryRecord]]:

@@ -91,6 +91,12 @@ def _plan_for_proof(spec: Spec) -> tuple[Plan, list[str]]:
     return (_resolve(_changed(spec, changes | shrinking), world_size, device), said) if said else (plan, [])
 
 
+def gate_plan(plan: Plan) -> Plan:
+    """The plan in which a layout is proven at the gate: fp64, a constant learning rate, shrunk where it is large."""
+    spec = _changed(plan.spec, {"train.lr_schedule": "constant", "train.warmup_steps": 0} | shrink(plan)[0])
+    return _in_dtype(_resolve(spec, plan.world_size, plan.device), "fp64")
+
+
 def _resolve(spec: Spec, world_size: int, device: str) -> Plan:
     """A plan without a corpus: where the recipe alone does not tell the vocabulary, any will do."""
     return plan_for(spec, world_size, device, spec.model.vocab or spec.data.expected_vocab or 509)
