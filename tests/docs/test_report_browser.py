@@ -9,6 +9,7 @@ import pytest
 
 from shardwright.report.files import write_report
 from tests.docs.browser import CHROMIUM, Browser
+from tests.docs.comparison_document import make_comparison
 from tests.docs.report_run import make_run
 
 CHARTS = ("loss", "grad-norm", "throughput", "step-time", "timeline", "memory", "communication")
@@ -118,6 +119,17 @@ def test_several_runs_with_hostile_names(tmp_path: Path) -> None:
         browser.open(page)
         charts = check(browser, page)
     assert charts["memory"]["last"]["label"] == names[1]
+
+
+def test_a_comparison(tmp_path: Path) -> None:
+    make_comparison(tmp_path / "compare-tiny")
+    page = write_report([tmp_path / "compare-tiny"])[0]
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(page)
+        charts = check(browser, page, ("times", "bubble", "memory", "sent", "largest"))
+    assert "one device: 300 ms" in charts["times"]["hover"]
+    assert "one device" in charts["memory"]["hover"] and "1,000,003 bytes" in charts["memory"]["hover"]
+    assert "planned efficiency 89 %" in charts["largest"]["hover"]
 
 
 def test_a_large_run_is_there_in_two_seconds(tmp_path: Path) -> None:

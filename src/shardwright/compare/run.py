@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from shardwright import __version__
 from shardwright.comm.job import Job
@@ -181,8 +182,9 @@ def _bar(shown: bool) -> Progress:
 
 
 def show(document: dict[str, Any], as_json: bool) -> int:
-    """Print a comparison; the exit code is 1 where a row failed or was refuted."""
+    """Print a comparison and write its page; the exit code is 1 where a row failed or was refuted."""
     from shardwright.report.comparison import print_comparison
+    from shardwright.report.files import write_comparison
 
     if as_json:
         json.dump(document, sys.stdout, indent=2)
@@ -190,6 +192,11 @@ def show(document: dict[str, Any], as_json: bool) -> int:
     else:
         console = Console(highlight=False)
         print_comparison(document, console if console.is_terminal else Console(highlight=False, width=160))
+    try:
+        page = Text(f"page: {write_comparison(Path(document['directory']))}")
+    except RunError as error:
+        page = Text(f"no page: {error.problem}", "yellow")
+    Console(highlight=False, stderr=as_json).print(page, soft_wrap=True)
     failed = any("failed" in row.get("reason", "") for row in document["rows"])
     refuted = any(not row["proof"]["passed"] for row in document["rows"] if "proof" in row)
     return 1 if failed or refuted else 0

@@ -1,11 +1,22 @@
-"""`[run]`: where the ranks run and how long they wait for one another."""
+"""`[run]`: where the ranks run, how long they wait for one another, and who else is told of the run."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from shardwright.spec.section import Count, SecondsText, Section
+from pydantic import AfterValidator
+
+from shardwright.spec.section import Count, FieldProblem, SecondsText, Section
 from shardwright.units import Seconds, parse_seconds
+
+Tracker = Literal["tensorboard", "wandb"]
+
+
+def _each_once(trackers: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+    twice = next((name for name in trackers if trackers.count(name) > 1), None)
+    if twice is not None:
+        raise FieldProblem(f'"{twice}" is named {trackers.count(twice)} times', "name each tracker once")
+    return trackers
 
 
 class RunSpec(Section):
@@ -17,6 +28,7 @@ class RunSpec(Section):
     max_restarts: Count = 0
     collective_timeout: SecondsText = "10 min"
     grace_period: SecondsText = "30 s"  # between asking a rank to end and ending it
+    trackers: Annotated[tuple[Tracker, ...], AfterValidator(_each_once)] = ()
 
     @property
     def collective_timeout_seconds(self) -> Seconds:

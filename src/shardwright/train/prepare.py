@@ -31,6 +31,7 @@ from shardwright.train.changes import changes_since, earlier_run
 from shardwright.train.console import print_plan
 from shardwright.train.directory import RunDirectory
 from shardwright.train.lock import RunLock
+from shardwright.train.trackers import check_installed
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def prepare_run(request: Request, world_size: int | None, device: str) -> Prepar
     """
     earlier = earlier_run(request.recipe, request.run_dir) if request.resume else None
     spec = _spec_of(request, earlier)
+    check_installed(spec.run.trackers)
     if world_size is None:
         world_size = local_world_size(spec, cores=num_cores(), gpus=torch.cuda.device_count())
     # Before the text is cut into tokens, which can take long, whatever is wrong with the layout shows already.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from shardwright.train.loop import NotSaving, Observer, Outcome, TrainingLoop
 from shardwright.train.prepare import Prepared, Request, open_data, prepare_run
 from shardwright.train.saving import Checkpoints
 from shardwright.train.start import start
+from shardwright.train.trackers import Trackers
 
 
 class Records:
@@ -120,10 +122,12 @@ def _train(worker: Worker, prepared: Prepared, dataset: Dataset, mesh: Mesh, rec
     begin = start(plan, directory, mesh, dataset, resume=prepared.resume, tell=tell)
     observers: list[Observer] = []
     records = progress = None
+    tracked: Trackers | nullcontext[None] = nullcontext()
     if mesh.rank == 0:
         records, progress = Records(directory, tell), ConsoleProgress(plan, begin.standing.step)
         tell.progress = progress
-        observers = [records, progress]
+        tracked = Trackers(plan, directory.path, begin.standing.step, tell)
+        observers = [records, progress, tracked]
 
     def saved(record: SaveRecord) -> None:
         for observer in (records, progress):
@@ -141,7 +145,8 @@ def _train(worker: Worker, prepared: Prepared, dataset: Dataset, mesh: Mesh, rec
         saving=Checkpoints(begin, directory, dataset, saved, tell) if plan.spec.checkpoint.every else NotSaving(),
     )
     try:
-        outcome = loop.run()
+        with tracked:
+            outcome = loop.run()
     finally:
         if progress is not None:
             progress.close()

@@ -27,7 +27,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Chart:
-    """A place on the page. `choose` says what its figures differ in; `log` offers a logarithmic y axis."""
+    """A place on the page. `choose` says what its figures differ in; `log` offers a logarithmic y axis. A
+    chart takes half of the page, or all of it: where there is something to choose, or it is `wide`."""
 
     name: str
     title: str
@@ -36,6 +37,7 @@ class Chart:
     choose: str = ""
     log: bool = False
     height: int = 320
+    wide: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """What the page's script takes."""

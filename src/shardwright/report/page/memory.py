@@ -9,7 +9,7 @@ from shardwright.report.page.chart import Chart, Figure, Trace, byte_unit, faded
 from shardwright.report.page.run import Run
 from shardwright.units import format_bytes
 
-_CATEGORIES = {
+CATEGORIES = {
     "parameters": "#2563c9",
     "gradients": "#2a9d62",
     "optimizer": "#d98a1f",
@@ -78,7 +78,7 @@ def _bars(
     origin = "estimated" if pale else "measured"
     at = [places[record.rank] + shift for record in records]
     traces: list[Trace] = []
-    for category, ink in _CATEGORIES.items():
+    for category, ink in CATEGORIES.items():
         sizes = [getattr(record, category) for record in records]
         if any(sizes):
             traces.append(

@@ -27,15 +27,20 @@ def page(runs: Sequence[Run]) -> str:
     """The report of one run, or of several over one another and side by side."""
     title = ", ".join(run.name for run in runs)
     charts = [chart for part in _CHARTS for chart in part(runs)]
+    told = "a training run" if len(runs) == 1 else f"{len(runs)} training runs"
     body = [
-        _header(title, runs),
-        _facts(headline(runs[0])) if len(runs) == 1 else _side_by_side(runs),
+        header(title, f"{told}, as recorded"),
+        facts_list(headline(runs[0])) if len(runs) == 1 else _side_by_side(runs),
         '<div class="page">',
-        *(_section(chart) for chart in charts),
+        *(section(chart) for chart in charts),
         *(_tables(run, len(runs) > 1) for run in runs),
         "</div>",
-        f"<footer>Shardwright {escape(__version__)}. trace.json opens in Perfetto and in chrome://tracing.</footer>",
     ]
+    return document(title, charts, body, " trace.json opens in Perfetto and in chrome://tracing.")
+
+
+def document(title: str, charts: Sequence[Chart], body: Sequence[str], last: str = "") -> str:
+    """The file: `body` is HTML that has a section for each of the charts, `last` a sentence for its end."""
     scripts = [
         f'<script type="application/json" id="charts">{_json([chart.as_json() for chart in charts])}</script>',
         f"<script>{_plotly()}</script>",
@@ -49,6 +54,7 @@ def page(runs: Sequence[Run]) -> str:
             f"<title>{escape(title)} - Shardwright</title>\n<style>{_file('page.css')}</style>",
             "</head>\n<body>\n<main>",
             *body,
+            f"<footer>Shardwright {escape(__version__)}.{escape(last)}</footer>",
             "</main>",
             *scripts,
             "</body>\n</html>\n",
@@ -72,12 +78,13 @@ def _json(content: object) -> str:
     return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _header(title: str, runs: Sequence[Run]) -> str:
-    told = "a training run" if len(runs) == 1 else f"{len(runs)} training runs"
-    return f"<header><h1>{escape(title)}</h1><p>{told}, as recorded</p></header>"
+def header(title: str, told: str) -> str:
+    """The page's name, and what it is of."""
+    return f"<header><h1>{escape(title)}</h1><p>{escape(told)}</p></header>"
 
 
-def _facts(facts: Facts) -> str:
+def facts_list(facts: Facts) -> str:
+    """Facts in cells."""
     cells = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in facts)
     return f'<dl class="facts">{cells}</dl>'
 
@@ -88,8 +95,9 @@ def _side_by_side(runs: Sequence[Run]) -> str:
     return f'<section id="runs"><h2>Runs</h2>{_table([("", *(run.name for run in runs)), *rows])}</section>'
 
 
-def _section(chart: Chart) -> str:
-    wide = ' class="wide"' if chart.choose else ""
+def section(chart: Chart) -> str:
+    """The place of a chart."""
+    wide = ' class="wide"' if chart.choose or chart.wide else ""
     controls = ""
     if len(chart.figures) > 1:
         options = "".join(f'<option value="{i}">{figure.label}</option>' for i, figure in enumerate(chart.figures))

@@ -99,6 +99,13 @@ def _rows(path: Path, record: Callable[..., Record]) -> tuple[Record, ...]:
 
 
 def _read(path: Path, read: Callable[[Path], Record]) -> Record:
+    return read_file(
+        path, read, "train", "restore it; of ranks/ and *.jsonl, files that are not there are left out of the report"
+    )
+
+
+def read_file(path: Path, read: Callable[[Path], Record], command: str, way_out: str) -> Record:
+    """What `read` makes of a file that `command` wrote. Raises RunError where it cannot be read."""
     try:
         return read(path)
     except OSError as error:
@@ -106,8 +113,7 @@ def _read(path: Path, read: Callable[[Path], Record]) -> Record:
     except _DAMAGED as error:
         reason = (str(error).splitlines() or [""])[0][:120]
         raise RunError(
-            f"{path}: damaged, or not written by `train`: {type(error).__name__}: {reason}",
-            "restore it; of ranks/ and *.jsonl, files that are not there are left out of the report",
+            f"{path}: damaged, or not written by `{command}`: {type(error).__name__}: {reason}", way_out
         ) from None
 
 
