@@ -1,11 +1,11 @@
 """How well the simulator knows the executor: a step's pipeline as measured, beside the schedule replayed.
 
-    python -m benchmarks.bubble [--rounds 5] [--record]
+    python -m benchmarks.bubble [--rounds 5] [--shared] [--record]
 
 Two stages, a core each: the 25 M-parameter model's actions compute, and the schedule is replayed with each action's
 measured duration. Four stages: actions take fixed times, which they sleep, so that the executor's order is measured and
-not the cores; they stand beside the simulation of those times. Four stages that compute share the cores two by two: how
-much they wait for each other is printed, not compared.
+not the cores; they stand beside the simulation of those times. With --shared also four stages that compute, two to a
+core: how much they wait for each other is printed, not compared.
 """
 
 from __future__ import annotations
@@ -176,15 +176,16 @@ def told(rows: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shared", action="store_true", help="four stages that compute on two cores, too")
     parser.add_argument("--record", action="store_true", help=f"write {RECORDS}/bubble.*")
     asked = parser.parse_args()
-    kinds = ((2, False), (4, True), (4, False))
+    kinds = [(2, False), (4, True)] + [(4, False)] * asked.shared
     table = [row(s, n, asked.rounds, sleeps=sleeps) for n, sleeps in kinds for s in SCHEDULES]
     print(told(table))
     if asked.record:
         (RECORDS / "bubble.json").write_text(
             json.dumps({"environment": environment(4), "rows": table}, indent=1) + "\n"
         )
-        command = f"python -m benchmarks.bubble --rounds {asked.rounds}"
+        command = f"python -m benchmarks.bubble --rounds {asked.rounds}" + " --shared" * asked.shared
         (RECORDS / "bubble.md").write_text(f"`{command}`, {environment(4)['cpu']}, 2 cores\n\n{told(table)}\n")
     sys.exit(0)
