@@ -130,10 +130,8 @@ def _measured(technique: Technique, plan: Plan, directory: Path, asked: Asked) -
     kept = directory / "rows" / f"{technique.slug}.json"
     text = f"{__version__} {torch.__version__} {asked.steps} {plan.model_dump_json()}"
     key = hashlib.sha256(text.encode()).hexdigest()
-    if kept.exists() and not asked.again:
-        row = read_json(kept)
-        if row.get("key") == key:
-            return row
+    if not asked.again and (row := _kept(kept)).get("key") == key:
+        return row
     with tempfile.TemporaryDirectory(prefix="shardwright-compare-") as temporary:
         folder = Path(temporary)
         row = {
@@ -151,6 +149,15 @@ def _measured(technique: Technique, plan: Plan, directory: Path, asked: Asked) -
         shutil.copytree(folder, directory / "rows" / technique.slug, dirs_exist_ok=True, ignore=_not_ledgers)
     write_json(kept, row)
     return row
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """The row of a file; an empty one where there is none, or it was damaged."""
+    try:
+        row = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def _not_ledgers(path: str, names: list[str]) -> list[str]:

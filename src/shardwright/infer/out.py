@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import suppress
 from pathlib import Path
 
 from shardwright.errors import RunError
+from shardwright.record.store import write_text
 
 _WAY_OUT = "give another place, or leave it out: the texts are then printed"
 
@@ -38,7 +38,7 @@ def write_out(out: str, text: str) -> None:
         if _is_stream(out):
             Path(out).write_text(text, encoding="utf-8")
         else:
-            _replace(_target(out), text)
+            write_text(_target(out), text)
     except OSError as error:
         raise _unwritable(out, error.strerror) from None
 
@@ -59,14 +59,3 @@ def _is_stream(out: str) -> bool:
 def _target(out: str) -> Path:
     """The file itself, where links lead to it: they stay."""
     return Path(os.path.realpath(out))
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f".shardwright-{os.getpid()}")  # the same length for every name
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        with suppress(OSError):
-            beside.unlink()
-        raise

@@ -79,10 +79,8 @@ def largest(
 
 def _own_ranks(technique: Technique, world: int, hardware: Hardware) -> int:
     """Ranks that the technique itself takes; the others are data parallel."""
-    fields = technique.fields(8)
-    if fields.get("parallel.tp") == 8:
-        return min(world, hardware.gpus_per_node)
-    return min(world, _MOST_STAGES) if fields.get("parallel.pp") == 8 else world
+    most = {"tp": hardware.gpus_per_node, "pp": _MOST_STAGES}
+    return min(world, most.get(technique.axis, world))
 
 
 def _stages(spec: Spec) -> int:

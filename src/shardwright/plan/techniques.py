@@ -30,12 +30,13 @@ _PLAIN: Fields = {
 class Technique:
     """`fields` gives, for a number of ranks, the fields of the recipe that make the technique of all of them. `modules`
     are the files of the package, or their folders, that are there for it alone. `single` is one rank, whatever the
-    world."""
+    world. `axis` is the one that takes all ranks, where one alone does."""
 
     name: str
     fields: Callable[[int], Fields]
     modules: tuple[str, ...] = ()
     single: bool = False
+    axis: str = ""
 
     @property
     def slug(self) -> str:
@@ -87,17 +88,18 @@ _DATA = ("parallel/data.py",)
 TECHNIQUES = (
     Technique("one device", lambda _: {}, single=True),
     Technique("data parallelism", _data, _DATA),
-    Technique("tensor parallelism", _tensor, _TENSOR),
+    Technique("tensor parallelism", _tensor, _TENSOR, axis="tp"),
     Technique(
         "tensor parallelism, all-reduce form",
         lambda world: _tensor(world) | {"parallel.sequence_parallel": False},
         _TENSOR,
+        axis="tp",
     ),
-    Technique("pipeline, gpipe", _pipeline("gpipe"), _PIPELINE),
-    Technique("pipeline, 1f1b", _pipeline("1f1b"), _PIPELINE),
-    Technique("pipeline, interleaved", _pipeline("interleaved", 2), _PIPELINE),
-    Technique("pipeline, zb-h1", _pipeline("zb-h1"), _PIPELINE),
-    Technique("pipeline, zbv", _pipeline("zbv", 2), _PIPELINE),
+    Technique("pipeline, gpipe", _pipeline("gpipe"), _PIPELINE, axis="pp"),
+    Technique("pipeline, 1f1b", _pipeline("1f1b"), _PIPELINE, axis="pp"),
+    Technique("pipeline, interleaved", _pipeline("interleaved", 2), _PIPELINE, axis="pp"),
+    Technique("pipeline, zb-h1", _pipeline("zb-h1"), _PIPELINE, axis="pp"),
+    Technique("pipeline, zbv", _pipeline("zbv", 2), _PIPELINE, axis="pp"),
     Technique("3D", _three, (*_DATA, *_TENSOR, *_PIPELINE)),
     Technique("ZeRO-1", _zero(1), _ZERO),
     Technique("ZeRO-2", _zero(2), _ZERO),

@@ -79,17 +79,24 @@ def cut_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Leave the rows of a JSON-lines file that are to be kept, if it is there; a last line that was cut off goes."""
     if not path.exists():
         return
-    rows = [row for row in read_lines(path) if keep(row)]
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    beside.replace(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in read_lines(path) if keep(row)))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either complete or as it was. Raises OSError."""
+    beside = path.with_name(f".shardwright-{os.getpid()}")  # as long for every name: long ones leave no room for more
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that it is either complete or not there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)
+    """Write a JSON file as `write_text` does."""
+    write_text(path, json.dumps(_finite(content), indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from shardwright.errors import RunError
-from shardwright.record.store import read_json
+from shardwright.record.store import read_json, write_text
 from shardwright.report.page.comparison import comparison_page
 from shardwright.report.page.page import page
 from shardwright.report.page.run import Run, read_file, read_run
@@ -66,9 +65,7 @@ def _told_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def _write(path: Path, content: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(content, encoding="utf-8")
-        beside.replace(path)
+        write_text(path, content)
     except OSError as error:
         raise RunError(f"--out: {path} cannot be written: {error.strerror}", "give another --out FILE") from None

@@ -104,11 +104,6 @@ _TIMED = 5
 """Steps before the one whose times are recorded: the first ones are slower."""
 
 
-def _watched(index: int, count: int) -> str:
-    """What is recorded of a step of a run of so many: the memory of the first, the time of a later one."""
-    return "memory" if index == 0 else "time" if index == min(_TIMED, count - 1) else ""
-
-
 @dataclass
 class TrainingLoop:
     """Runs a plan's steps on a dataset, from where `standing` says. `stop_requested` is asked once a step; any rank's
@@ -132,7 +127,7 @@ class TrainingLoop:
         if standing.validated != first and (first == 0 or self._is_validated(first)):
             self._validate(first)
         while standing.step < last:
-            result = self._step(_watched(standing.step - first, last - first))
+            result = self._step(self._watcher(standing.step - first, last - first))
             self._stand(result)
             if standing.nonfinite >= train.max_nonfinite_steps:
                 raise _diverged(result, standing.step, standing.nonfinite)
@@ -164,19 +159,24 @@ class TrainingLoop:
         every = self.runtime.plan.spec.data.eval_every
         return bool(every) and step % every == 0
 
-    def _step(self, watched: str) -> StepResult:
+    def _watcher(self, index: int, count: int) -> StepMemory | StepTimeline | None:
+        """What records a step of a run of so many: the memory of the first, the time of a later one."""
+        if index == 0:
+            return StepMemory(self.runtime, self.optimizer)
+        return StepTimeline(self.runtime.mesh, self.standing.step + 1) if index == min(_TIMED, count - 1) else None
+
+    def _step(self, watcher: StepMemory | StepTimeline | None) -> StepResult:
         plan, began, step = self.runtime.plan, time.perf_counter(), self.standing.step
-        mesh = self.runtime.mesh
-        mesh.whereabouts.begin(f"step {step + 1}")
+        self.runtime.mesh.whereabouts.begin(f"step {step + 1}")
         batch = batch_at(self.runtime, self.dataset.train, self.standing.position)
         lr = learning_rate(plan.spec.train, step)
-        memory = StepMemory(self.runtime, self.optimizer)
-        timeline = StepTimeline(mesh, step + 1)
-        with {"memory": memory, "time": timeline}.get(watched, nullcontext()):
+        with watcher or nullcontext():
             votes, stop = self.saving.votes(), self.stop_requested()
             result = train_step(self.runtime, self.optimizer, batch, lr, stop=stop, votes=votes)
-        self.outcome.memory = memory.record or self.outcome.memory
-        self.outcome.timeline = timeline.record or self.outcome.timeline
+        if isinstance(watcher, StepMemory):
+            self.outcome.memory = watcher.record
+        elif watcher is not None:
+            self.outcome.timeline = watcher.record
         seconds = time.perf_counter() - began
         rate = result.num_tokens / seconds
         flops = plan.architecture.flops_per_token(plan.sequence_length)
