@@ -24,6 +24,9 @@ import torch.multiprocessing as mp
 
 RECORDS = Path(__file__).parent / "records"
 
+COMPARED = 3
+"""First steps of which the losses are compared."""
+
 Step = Callable[[int], float]
 """Runs one training step on this rank's part of global batch i, and returns the loss."""
 
@@ -31,24 +34,28 @@ Step = Callable[[int], float]
 @dataclass(frozen=True)
 class Case:
     """One contender: `make(rank, world)` builds it in a rank. `precision` states parameters, gradients, reduction and
-    masters; `peer` names the case that it is compared with. The step of a `modelled` case returns, instead of a loss,
-    the seconds that a step would take, worked out from what it measured."""
+    masters; `peers` and `ceiling` name the cases that it is compared with. A `bound` trains nothing: its loss says
+    nothing. The step of a `modelled` case returns, instead of a loss, the seconds that a step would take, worked out
+    from what it measured."""
 
     name: str
     precision: str
     make: Callable[[int, int], Step]
-    peer: str = ""
+    peers: tuple[str, ...] = ()
+    ceiling: str = ""
+    bound: bool = False
     modelled: bool = False
 
 
 @dataclass
 class Result:
-    """Seconds per step by round, on the slowest rank, and the first loss, which must be alike for all cases."""
+    """Seconds per step by round, on the slowest rank, and the first losses, which must be alike for all cases."""
 
     name: str
     precision: str
-    peer: str
-    first_loss: float | None
+    peers: tuple[str, ...]
+    ceiling: str
+    losses: list[float]
     seconds: list[float] = field(default_factory=list)
 
 
@@ -71,6 +78,13 @@ def _join(rank: int, world: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
 
 
+def _leave() -> None:
+    """End this rank without what a contender would do at its process's end."""
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def _seconds(case: Case, step: Step, indices: Sequence[int]) -> float:
     """Mean seconds of these steps."""
     dist.barrier()
@@ -83,12 +97,12 @@ def _seconds(case: Case, step: Step, indices: Sequence[int]) -> float:
 def _rank(rank: int, world: int, store: str, cases: Sequence[Case], rounds: int, steps: int, out: str) -> None:
     _join(rank, world, store)
     made = {case.name: case.make(rank, world) for case in cases}
-    first = {name: step(0) for name, step in made.items()}
-    results = [Result(c.name, c.precision, c.peer, None if c.modelled else first[c.name]) for c in cases]
+    losses = {case.name: [made[case.name](index) for index in range(COMPARED)] for case in cases}
+    results = [Result(c.name, c.precision, c.peers, c.ceiling, [] if c.bound else losses[c.name]) for c in cases]
     for index in range(rounds + 1):  # the first round warms up
         order = range(len(cases)) if index % 2 else reversed(range(len(cases)))
         for i in order:
-            numbers = range(index * steps + 1, (index + 1) * steps + 1)
+            numbers = range(COMPARED + index * steps, COMPARED + (index + 1) * steps)
             seconds = _seconds(cases[i], made[cases[i].name], numbers)
             if index:
                 results[i].seconds.append(seconds)
@@ -96,8 +110,7 @@ def _rank(rank: int, world: int, store: str, cases: Sequence[Case], rounds: int,
             print(f"round {index}/{rounds}", file=sys.stderr)
     if rank == 0:
         Path(out).write_text(json.dumps([asdict(result) for result in results]))
-    dist.barrier()
-    dist.destroy_process_group()
+    _leave()
 
 
 def race(cases: Sequence[Case], *, world: int, rounds: int, steps: int) -> list[Result]:
@@ -105,7 +118,7 @@ def race(cases: Sequence[Case], *, world: int, rounds: int, steps: int) -> list[
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/results.json"
         mp.spawn(_rank, (world, f"{folder}/store", list(cases), rounds, steps, out), nprocs=world)  # type: ignore[no-untyped-call]
-        return [Result(**row) for row in json.loads(Path(out).read_text())]
+        return [Result(**row | {"peers": tuple(row["peers"])}) for row in json.loads(Path(out).read_text())]
 
 
 def _resident(field_name: str) -> int:
@@ -121,8 +134,7 @@ def _peak_rank(rank: int, world: int, store: str, case: Case, steps: int, out: s
     for index in range(steps):
         step(index)
     Path(f"{out}.{rank}").write_text(json.dumps([before, _resident("VmHWM")]))
-    dist.barrier()
-    dist.destroy_process_group()
+    _leave()
 
 
 def peaks(cases: Sequence[Case], *, world: int, steps: int = 2) -> list[Peak]:
@@ -145,54 +157,47 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def ratio(result: Result, results: Sequence[Result]) -> tuple[float, float, float] | None:
-    """Quartiles of how many times faster a case is than its peer, round by round."""
-    peer = next((other for other in results if other.name == result.peer), None)
-    return None if peer is None else against(result, peer)
-
-
 def against(result: Result, other: Result) -> tuple[float, float, float]:
     """Quartiles of how many times faster one case is than another, round by round."""
     return quartiles([theirs / ours for ours, theirs in zip(result.seconds, other.seconds, strict=True)])
 
 
-def _shown(quotient: tuple[float, float, float] | None) -> str:
-    return "" if quotient is None else f"**{quotient[1]:.2f}** ({quotient[0]:.2f} to {quotient[2]:.2f})"
+def shown(quotient: tuple[float, float, float]) -> str:
+    """A median with its quartiles."""
+    return f"**{quotient[1]:.2f}** ({quotient[0]:.2f} to {quotient[2]:.2f})"
 
 
-def table(results: Sequence[Result], tokens_per_step: int, columns: Sequence[str] = ()) -> str:
-    """Medians with quartiles, and ratios by pairs, as a Markdown table.
-
-    Each case stands beside its own peer, and beside each case that `columns` names in a column of its own.
-    """
-    named = {result.name: result for result in results}
+def table(results: Sequence[Result], tokens_per_step: int, memory: Sequence[Peak] = ()) -> str:
+    """Medians with quartiles, ratios by pairs, and the most memory of any rank, as a Markdown table."""
+    named, peak = {result.name: result for result in results}, {found.name: max(found.peak) for found in memory}
     heads = ["case", "parameters / gradients / reduced in / masters", "ms a step (quartiles)", "tokens/s"]
-    heads += ["beside its peer", *(f"x {name}" for name in columns)]
+    heads += ["times as fast as", "of its ceiling", *(["most resident, MB"] if memory else [])]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for result in results:
         low, middle, high = quartiles(result.seconds)
-        pair = _shown(ratio(result, results))
-        beside = [_shown(against(result, named[name])) if name != result.name else "" for name in columns]
-        beside = [pair and f"{pair} x {result.peer}", *beside]
-        times = f"{middle * 1e3:.0f} ({low * 1e3:.0f} to {high * 1e3:.0f})"
-        rate = f"{tokens_per_step / middle:,.0f}"
-        lines.append(f"| {result.name} | {result.precision} | {times} | {rate} | {' | '.join(beside)} |")
+        pairs = [f"{shown(against(result, named[name]))} {name}" for name in result.peers if name in named]
+        top = named.get(result.ceiling)
+        cells = [result.name, result.precision, f"{middle * 1e3:.0f} ({low * 1e3:.0f} to {high * 1e3:.0f})"]
+        cells += [f"{tokens_per_step / middle:,.0f}", "<br>".join(pairs), shown(against(result, top)) if top else ""]
+        if memory:
+            cells.append(f"{peak[result.name] / 1e6:.0f}" if result.name in peak else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    if memory:
+        before = max(size for found in memory for size in found.before)
+        lines += ["", f"Of the memory up to {before / 1e6:.0f} MB were there before a case was made."]
     return "\n".join(lines)
 
 
-def memory_table(found: Sequence[Peak], peers: dict[str, str]) -> str:
-    """Peak resident memory by rank in MB, the worst rank beside that of the case's peer, as a Markdown table."""
-    worst = {peak.name: max(peak.peak) for peak in found}
-    ranks = range(len(found[0].peak))
-    heads = ["case", *(f"rank {rank}, MB" for rank in ranks), "worst beside its peer's"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for peak in found:
-        peer = peers.get(peak.name, "")
-        beside = f"**{worst[peak.name] / worst[peer]:.2f}** x {peer}" if peer in worst else ""
-        cells = [peak.name, *(f"{size / 1e6:.0f}" for size in peak.peak), beside]
-        lines.append("| " + " | ".join(cells) + " |")
-    before = max(size for peak in found for size in peak.before)
-    return "\n".join([*lines, "", f"Of this, up to {before / 1e6:.0f} MB were there before the case was made."])
+def check_losses(results: Sequence[Result], tolerance: float) -> str:
+    """What the first losses were. Raises SystemExit where two contenders do not train the same: of a race between
+    different things no figure means anything."""
+    trained = [result for result in results if result.losses]
+    for index, losses in enumerate(zip(*(result.losses for result in trained), strict=True)):
+        if max(losses) - min(losses) > tolerance * min(losses):
+            rows = ", ".join(f"{r.name} {r.losses[index]:.5f}" for r in trained)
+            raise SystemExit(f"error: the losses of step {index} differ by more than {tolerance:g} of them: {rows}")
+    ends = [(min(column), max(column)) for column in zip(*(result.losses for result in trained), strict=True)]
+    return "losses of the first steps: " + ", ".join(f"{low:.4f} to {high:.4f}" for low, high in ends)
 
 
 def environment(world: int) -> dict[str, Any]:
@@ -214,28 +219,26 @@ def environment(world: int) -> dict[str, Any]:
 
 
 def write_record(
-    name: str,
-    command: str,
-    results: Sequence[Result],
-    world: int,
-    tokens_per_step: int,
-    columns: Sequence[str] = (),
-    memory: Sequence[Peak] = (),
+    name: str, command: str, results: Sequence[Result], world: int, tokens_per_step: int, memory: Sequence[Peak] = ()
 ) -> Path:
     """Keep a run's figures beside the command that made them."""
     RECORDS.mkdir(exist_ok=True)
-    path = RECORDS / f"{name}.json"
+    path, named = RECORDS / f"{name}.json", {result.name: result for result in results}
     content = {
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
         "environment": environment(world),
         "tokens_per_step": tokens_per_step,
-        "results": [{**asdict(result), "beside_peer": ratio(result, results)} for result in results],
+        "results": [
+            {
+                **asdict(result),
+                "beside_peers": {p: against(result, named[p]) for p in result.peers if p in named},
+                "of_ceiling": against(result, named[result.ceiling]) if result.ceiling in named else None,
+            }
+            for result in results
+        ],
+        "memory": [asdict(peak) for peak in memory],
     }
-    text = f"`{command}`\n\n{table(results, tokens_per_step, columns)}\n"
-    if memory:
-        content["memory"] = [asdict(peak) for peak in memory]
-        text += f"\n{memory_table(memory, {result.name: result.peer for result in results})}\n"
     path.write_text(json.dumps(content, indent=1) + "\n")
-    path.with_suffix(".md").write_text(text)
+    path.with_suffix(".md").write_text(f"`{command}`\n\n{table(results, tokens_per_step, memory)}\n")
     return path

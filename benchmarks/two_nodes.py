@@ -300,7 +300,7 @@ class Row:
     @property
     def result(self) -> Result:
         """As the harness compares them."""
-        return Result(self.name, "", "", None, self.seconds)
+        return Result(self.name, "", (), "", [], self.seconds)
 
 
 def rows_of(folder: Path, only: Sequence[str]) -> list[Row]:

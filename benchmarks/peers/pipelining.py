@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Step
 from benchmarks.peers.llama import Block, register_rotations
+from benchmarks.peers.training import adamw, start
 from shardwright.data.samples import RandomSamples
 from shardwright.nn.dtypes import torch_dtype
 from shardwright.plan.plan import Plan
@@ -50,9 +50,6 @@ class LlamaStage(nn.Module):
         self.norm = nn.RMSNorm(a.hidden, a.norm_eps) if last else None
         self.output = nn.Linear(a.hidden, a.vocab, bias=False) if last else None
         register_rotations(self, a, length)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:  # by name, so that every split begins with the same model
-                nn.init.normal_(parameter, 0.0, a.init_std, torch.Generator().manual_seed(crc32(name.encode())))
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens, int64 [B, T], or hidden states [B, T, hidden], to hidden states or logits [B, T, vocab]."""
@@ -65,13 +62,15 @@ class LlamaStage(nn.Module):
 
 def _loss(logits: Tensor, targets: Tensor, *, num_targets: int, autocast: bool) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / num_targets
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / num_targets
 
 
 def _stage(plan: Plan, split: Sequence[int], index: int, dtype: torch.dtype, autocast: bool) -> PipelineStage:
     a, length, size = plan.architecture, plan.sequence_length, plan.spec.train.micro_batch_size
     first = sum(split[:index])
-    module = LlamaStage(a, length, first, first + split[index], autocast=autocast).to(dtype)
+    module = LlamaStage(a, length, first, first + split[index], autocast=autocast)
+    start(module, plan)  # by name, so that every split begins with the same model
+    module.to(dtype)
     tokens = torch.empty(size, length, dtype=torch.int64, device="meta")
     hidden = torch.empty(size, length, a.hidden, dtype=dtype, device="meta", requires_grad=True)
     logits_dtype = torch.bfloat16 if autocast else dtype
@@ -84,13 +83,6 @@ def _stage(plan: Plan, split: Sequence[int], index: int, dtype: torch.dtype, aut
         input_args=tokens if index == 0 else hidden,
         output_args=logits if index == len(split) - 1 else hidden,
     )
-
-
-def _optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    matrices = [p for p in parameters if p.dim() >= 2]
-    others = [p for p in parameters if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
 
 
 def _clip(parameters: Sequence[nn.Parameter], losses: Sequence[Tensor]) -> float:
@@ -116,7 +108,7 @@ def torch_pipeline(
     options = {"n_microbatches": plan.num_microbatches, "loss_fn": loss, "scale_grads": False}
     runner = SINGLE[schedule](stages[0], **options) if schedule in SINGLE else MULTI[schedule](stages, **options)
     parameters = [p for stage in stages for p in stage.submod.parameters()]
-    optimizer = _optimizer(parameters)
+    optimizer = adamw(parameters, plan.spec.train)
     samples = RandomSamples(plan.architecture.vocab, length, 0)
 
     def step(index: int) -> float:

@@ -1,4 +1,4 @@
-"""The matrix product every layer is made of."""
+"""The linear layer as one device would write it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shardwright.nn.parameters import Declaration
-
-_FEW_ROWS = 32
-"""Up to so many the other product of `product` is faster: measured on AVX2 at 2 to 64 rows (docs/generate.md)."""
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, [..., inputs] to [..., outputs], contiguous.
-
-    With few rows, as where each sequence has one new token, the time is that of reading the weights. CPU libraries cut
-    a product by the rows of the left matrix, and read the right one again for each cut; so the weights stand on the
-    left.
-    """
-    rows = x.numel() // max(1, x.shape[-1])
-    decodes = torch.is_inference_mode_enabled() and 1 < rows <= _FEW_ROWS
-    if not decodes or x.device.type != "cpu" or x.dtype != torch.float32:
-        return F.linear(x, weight)
-    return (weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], len(weight))
+from shardwright.nn.product import product
 
 
 class Linear(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shardwright.cost.shapes import chunk_tokens
 from shardwright.data.batch import IGNORED
+from shardwright.nn.product import matmul, matmul_into, product
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -27,13 +28,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = chunk_tokens(weight.shape[0], hidden.device.type)
         for begin in range(0, len(hidden), step):
             h, t = hidden[begin : begin + step], targets[begin : begin + step]
-            loss, grad_logits = _chunk_loss(h @ weight.T, t, needs_hidden or needs_weight)
+            loss, grad_logits = _chunk_loss(product(h, weight), t, needs_hidden or needs_weight)
             total += loss
             if grad_logits is None:
                 continue
             grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[begin : begin + step])
+                matmul_into(grad_hidden[begin : begin + step], grad_logits, weight)
             if needs_weight:
                 grad_weight = add_product(grad_weight, grad_logits.T, h)
             del grad_logits  # or it would be there beside the next chunk's
@@ -68,10 +69,10 @@ def _chunk_loss(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tens
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     if total is None:
-        return a @ b
-    if total.dtype == a.dtype and a.dtype in (torch.float32, torch.float64):
-        return total.addmm_(a, b)
-    return total.float().add_(a @ b)
+        return matmul(a, b)
+    total = total.to(torch.promote_types(total.dtype, torch.float32))
+    matmul_into(total, a, b, add=True)
+    return total
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.nn.linear import product
 from shardwright.nn.loss import linear_cross_entropy
 from shardwright.nn.parameters import Declaration
+from shardwright.nn.product import product
 
 
 class TokenEmbedding(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -32,7 +33,10 @@ def _compiled_set(formulas: Kernels) -> Kernels:
 
 
 def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = torch.compile(formula, fullgraph=True)
+    # For each shape its own kernel: those for any shape take three to ten times as long. torch counts what it has
+    # compiled by the code, so a set has a copy of its own, or a process with many models would reach the limit.
+    own = FunctionType(formula.__code__.replace(), formula.__globals__, formula.__name__)
+    compiled = torch.compile(own, fullgraph=True, dynamic=False)
 
     def run(*arguments: Any) -> Any:
         # Whether autograd watches a tensor is no affair of a kernel, but would be a reason to compile it again.

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from shardwright.nn.product import matmul_into
+
 Write = Callable[[Tensor, bool], None]
 """Writes a gradient into a view of the buffer, or adds it to what is there."""
 
@@ -47,12 +49,7 @@ class GradientSink:
             return False
 
         def write(view: Tensor, add: bool) -> None:
-            if view.dtype != a.dtype:
-                (view.add_ if add else view.copy_)(a @ b)
-            elif add:
-                view.addmm_(a, b)
-            else:
-                torch.mm(a, b, out=view)
+            matmul_into(view, a, b, add=add)
 
         self._deliver(write)
         return True

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from shardwright.comm.collectives import DONE, all_reduce
 from shardwright.nn.function import Function
-from shardwright.nn.linear import product
 from shardwright.nn.parameters import Declaration
+from shardwright.nn.product import matmul, product
 from shardwright.parallel.sink import GradientSink, sink_of
 from shardwright.parallel.tensor.region import Region
 
@@ -43,7 +43,7 @@ class _Colwise(Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight = ctx.saved_tensors
         whole, gathered = ctx.region.start_gather(x, "tensor/colwise/again") if ctx.regathers else (x, DONE)
-        mine, handle = ctx.region.start_scatter_sum(grad @ weight, "tensor/colwise/backward")
+        mine, handle = ctx.region.start_scatter_sum(matmul(grad, weight), "tensor/colwise/backward")
         flat = grad.flatten(0, -2)
         gathered.wait()
         grad_weight = _weight_gradient(ctx, flat, whole)
@@ -91,7 +91,7 @@ class _Rowwise(Function):
         (x,), weight = (ctx.kept or ctx).saved_tensors, ctx.weight
         ctx.kept = ctx.weight = None
         whole = ctx.region.gather(grad.contiguous(), "tensor/rowwise/backward")
-        return whole @ weight, _weight_gradient(ctx, whole.flatten(0, -2), x), None, None, None
+        return matmul(whole, weight), _weight_gradient(ctx, whole.flatten(0, -2), x), None, None, None
 
 
 def _announce(ctx: Any, sink: GradientSink | None) -> None:
@@ -106,7 +106,7 @@ def _weight_gradient(ctx: Any, grad: Tensor, x: Tensor) -> Tensor | None:
     a, b = grad.T, x.flatten(0, -2)
     if ctx.sink is not None and ctx.sink.product(a, b):
         return None
-    return a @ b
+    return matmul(a, b)
 
 
 class _SumOverHolders(torch.autograd.Function):

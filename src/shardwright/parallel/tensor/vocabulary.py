@@ -22,9 +22,9 @@ from shardwright.data.batch import IGNORED
 from shardwright.layout.split import even_split
 from shardwright.nn.cache import Places
 from shardwright.nn.kernels import Kernels
-from shardwright.nn.linear import product
 from shardwright.nn.loss import add_product
 from shardwright.nn.parameters import Declaration
+from shardwright.nn.product import matmul_into, product
 from shardwright.parallel.sink import GradientSink, sink_of
 from shardwright.parallel.tensor.region import Region
 
@@ -187,7 +187,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
             total += loss
             if grad_hidden is not None and grad_logits is not None:
                 grad_logits = grad_logits.to(weight.dtype)
-                torch.mm(grad_logits, weight, out=grad_hidden[first : first + chunk])
+                matmul_into(grad_hidden[first : first + chunk], grad_logits, weight)
                 grad_weight = add_product(grad_weight, grad_logits.T, h)
             del grad_logits  # or it would be there beside the next chunk's
         if grad_hidden is not None and grad_weight is not None:
@@ -218,7 +218,7 @@ def _chunk_loss(
     own = targets - begin
     own = own.masked_fill(~counted | (own < 0) | (own >= len(weight)), _ELSEWHERE)
     # The kernel gets the only reference to the logits, so that they are gone where it does not keep them.
-    kept, numbers = kernels.summarise(hidden @ weight.T, own)
+    kept, numbers = kernels.summarise(product(hidden, weight), own)
     log_sum, at_target = _exchange(numbers, region)
     loss = torch.where(counted, log_sum - at_target, 0.0).sum()
     return loss, kernels.gradient(kept, numbers[0], log_sum, own, counted) if needs_grad else None

@@ -1,0 +1,81 @@
+"""Race Shardwright and its peers: every case of a race in turns within one run, medians and ratios by pairs.
+
+    python -m benchmarks [--race zero-0 tp ...] [--model small-25m] [--dtype fp32 bf16] [--rounds 9] [--record]
+
+Races: zero-0, zero-1, zero-2, zero-3, tp, pp, 3d. Every case starts from the same values and trains on the same tokens,
+clips by the global norm and updates with fused AdamW; the first losses are compared. Peak memory is measured apart,
+each case in fresh processes. DeepSpeed takes part where it is installed: pip install 'shardwright[bench]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from benchmarks.document import update
+from benchmarks.harness import Case, check_losses, peaks, race, table, write_record
+from benchmarks.peers import deepspeed
+from benchmarks.race import data, pipeline, tensor, three_d
+from benchmarks.race.setting import MODELS, Race, Setting
+from shardwright.plan.machine import cpu_computes_bf16
+
+NAMES = ("zero-0", "zero-1", "zero-2", "zero-3", "tp", "pp", "3d")
+SAME = {"fp32": 1e-3, "bf16": 3e-2}
+"""How far the first losses may lie apart: some peers keep no masters under bf16."""
+
+
+def races(setting: Setting) -> list[Race]:
+    """Every race of a setting."""
+    return [found for kind in (data, tensor, pipeline, three_d) for found in kind.races(setting)]
+
+
+def chosen(cases: Sequence[Case], parts: Sequence[str]) -> list[Case]:
+    """The cases whose names hold one of these, all without any."""
+    return [case for case in cases if not parts or any(part in case.name for part in parts)]
+
+
+def main() -> None:
+    """Run races, print their tables, keep their records."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--race", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--model", nargs="+", default=list(MODELS), choices=list(MODELS))
+    # Without units for it bf16 is many times slower than fp32.
+    native = ["fp32", "bf16"] if cpu_computes_bf16() else ["fp32"]
+    parser.add_argument("--dtype", nargs="+", default=native, choices=["fp32", "bf16"])
+    parser.add_argument("--case", nargs="+", default=[], metavar="PART", help="cases whose names hold one of these")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=1, help="steps a case takes in each round")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--record", action="store_true", help="keep the figures, and put them into the documentation")
+    arguments = parser.parse_args()
+    if not deepspeed.available():
+        print("DeepSpeed is not installed and takes no part: pip install 'shardwright[bench]'", file=sys.stderr)
+    settings = [Setting(model, dtype) for model in arguments.model for dtype in arguments.dtype]
+    for setting in settings:
+        for found in races(setting):
+            if found.name in arguments.race:
+                _run(setting, found, arguments)
+    if arguments.record:
+        update()
+
+
+def _run(setting: Setting, found: Race, arguments: argparse.Namespace) -> None:
+    cases, world = chosen(found.cases, arguments.case), found.world
+    print(f"## {setting.model}, {setting.dtype}: {found.title}\n", flush=True)
+    results = race(cases, world=world, rounds=arguments.rounds, steps=arguments.steps)
+    print(f"{check_losses(results, SAME[setting.dtype])}\n", flush=True)
+    measured = [] if arguments.no_memory else peaks([case for case in cases if not case.bound], world=world)
+    print(table(results, found.tokens, measured), end="\n\n", flush=True)
+    if arguments.record:
+        options = f"--race {found.name} --model {setting.model} --dtype {setting.dtype} --rounds {arguments.rounds}"
+        parts = "".join(f' "{part}"' for part in arguments.case)
+        command = f"python -m benchmarks {options}" + (f" --case{parts}" if parts else "")
+        name = f"race_{found.name}_{setting.model}_{setting.dtype}"
+        print(write_record(name, command, results, world, found.tokens, measured), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
