@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shardwright.nn.cache import LayerCache, Places
+from shardwright.nn.causal import attend
 from shardwright.nn.function import Function
 from shardwright.nn.kernels import Kernels
 from shardwright.nn.linear import Linear
@@ -176,16 +177,20 @@ class Attention(nn.Module):
             q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(counts, dim=2)
             q = self.rotary(self.q_norm(q), counts[0], self.head_dim)
             k = self.rotary(self.k_norm(k), counts[1], self.head_dim)
-        mask: dict[str, Any] = {"is_causal": True}
+        mask: dict[str, Any] = {}
         if self.cache is not None:
             k, v = self.cache.extend(k, v)
             mask = self.cache.mask(len(q))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, self.repeat_kv(k), self.repeat_kv(v)))
-        if q.shape[2] == 1 and self.cache is not None:
-            return self.out(self.merge(_attend_one(q, k, v, mask)))
-        return self.out(
-            self.merge(F.scaled_dot_product_attention(q, k, v, **mask, enable_gqa=q.shape[1] != k.shape[1]))
-        )
+        return self.out(self.merge(attend(q, k, v) if self.cache is None else _attend_cached(q, k, v, mask)))
+
+
+def _attend_cached(q_BHTD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask: dict[str, Any]) -> Tensor:
+    """Attention to what the cache has."""
+    if q_BHTD.shape[2] == 1:
+        return _attend_one(q_BHTD, k_BKLD, v_BKLD, mask)
+    grouped = q_BHTD.shape[1] != k_BKLD.shape[1]
+    return F.scaled_dot_product_attention(q_BHTD, k_BKLD, v_BKLD, **mask, enable_gqa=grouped)
 
 
 def _attend_one(q_BH1D: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask: dict[str, Any]) -> Tensor:
