@@ -31,7 +31,6 @@ from torch.nn import functional as F
 from benchmarks.harness import RECORDS, environment, quartiles
 from shardwright.comm.job import Job
 from shardwright.comm.launch import launch
-from shardwright.comm.memory import keep_freed_memory
 from shardwright.comm.worker import Worker
 from shardwright.data.tokenizer import BytesTokenizer
 from shardwright.infer.generator import Generator
@@ -107,7 +106,6 @@ def main(worker: Worker, arguments: tuple[str, ...]) -> None:
     """A rank of pp = 2: a batch of 16 in one part and in four, in turns."""
     folder, rounds = Path(arguments[0]), int(arguments[1])
     torch.set_num_threads(1)
-    keep_freed_memory()
     generator = Generator.of(str(folder / "model"), worker, (*FP32, "parallel.pp=2"))
     cases = {
         f"{groups} parts": lambda groups=groups: generator.complete(

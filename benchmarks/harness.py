@@ -72,9 +72,10 @@ def _join(rank: int, world: int, store: str) -> None:
     """What every rank of every case does first."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    from shardwright.comm.memory import keep_freed_memory
+    from shardwright.comm.process import keep_freed_memory, run_as_batch
 
-    keep_freed_memory()  # for every case alike: the peers gain from it as well
+    keep_freed_memory()  # both for every case alike: the peers gain from it as well
+    run_as_batch()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
 
 

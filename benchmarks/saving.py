@@ -26,7 +26,6 @@ from shardwright.checkpoint.save import Saver
 from shardwright.comm.collectives import broadcast_text
 from shardwright.comm.job import Job
 from shardwright.comm.launch import launch
-from shardwright.comm.memory import keep_freed_memory
 from shardwright.comm.mesh import Mesh
 from shardwright.comm.worker import Worker
 from shardwright.data.samples import RandomSamples
@@ -94,7 +93,6 @@ class Run:
 def main(worker: Worker, arguments: tuple[str, ...]) -> None:
     """A rank: segments in turns, without and with a save, and at the end one without."""
     folder, minutes = Path(arguments[0]), int(arguments[1])
-    keep_freed_memory()
     run = Run(worker, folder)
     run.segment(2, save=False)  # warms up
     steps = max(1, round(60 / (run.segment(4, save=False)[0] / 4)))

@@ -31,7 +31,6 @@ from benchmarks.harness import RECORDS, Result, against, environment, quartiles
 from shardwright.comm.collectives import barrier
 from shardwright.comm.job import Job
 from shardwright.comm.launch import run
-from shardwright.comm.memory import keep_freed_memory
 from shardwright.comm.worker import Worker
 from shardwright.cost.communication import axis_name
 from shardwright.data.samples import RandomSamples
@@ -247,7 +246,6 @@ class Contender:
 def main(worker: Worker, arguments: tuple[str, ...]) -> None:
     """A rank: all cases of its world in turns. They have warmed up with their first steps."""
     folder, rounds, steps, *only = arguments
-    keep_freed_memory()
     contenders = [Contender(case, worker) for case in chosen(worker.world_size, only)]
     for index in range(int(rounds)):
         began = time.perf_counter()

@@ -21,6 +21,7 @@ from shardwright.comm.board import Board
 from shardwright.comm.cause import Cause
 from shardwright.comm.job import Job, Place, Source
 from shardwright.comm.mesh import Groups, Mesh
+from shardwright.comm.process import keep_freed_memory, run_as_batch
 from shardwright.comm.stop import StopRequest, follow_parent, leave_now, listening
 from shardwright.comm.store import Store, world_store
 from shardwright.comm.watch import MARGIN, StreamWhereabouts, Watch
@@ -61,6 +62,9 @@ def joined(place: Place, job: Job, stop: StopRequest, store: Store, whereabouts:
     own = rank_device(place, job.device, shared=backend == "gloo")
     if own.type == "cuda":
         torch.cuda.set_device(own)
+    else:
+        keep_freed_memory()
+        run_as_batch()  # before gloo starts its threads
     timeout = job.collective_timeout + (MARGIN if backend == "nccl" else 0)
     whereabouts.begin("join")
     dist.init_process_group(

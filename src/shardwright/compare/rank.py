@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from shardwright.comm.collectives import barrier
-from shardwright.comm.memory import keep_freed_memory
 from shardwright.comm.mesh import Mesh
 from shardwright.comm.worker import Worker
 from shardwright.optim.optimizers import make_optimizer
@@ -30,8 +29,6 @@ def main(worker: Worker, arguments: tuple[str, ...]) -> None:
     """`arguments`: the row's folder, the steps to time, the steps to prove. The folder has a plan.json, and a proof/
     with that of the proof."""
     folder, timed, proven = Path(arguments[0]), int(arguments[1]), int(arguments[2])
-    if worker.device.type == "cpu":
-        keep_freed_memory()
     plan = Plan.model_validate(read_json(folder / "plan.json"))
     mesh = worker.mesh(plan.topology)
     write_json(folder / f"{mesh.rank}.json", measured(plan, mesh, timed))

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardwright.comm.collectives import barrier, broadcast_text
-from shardwright.comm.memory import keep_freed_memory
 from shardwright.comm.worker import Worker
 from shardwright.errors import RunError
 from shardwright.infer.generator import Completion, Generator, Pace
@@ -23,8 +22,6 @@ from shardwright.units import format_bytes, format_seconds
 def main(worker: Worker, arguments: tuple[str, ...]) -> None:
     """Generate as one rank. `arguments`: what was asked for, and "json" for one document on standard output."""
     request, as_json = Request.from_json(arguments[0]), arguments[1] == "json"
-    if worker.device.type == "cpu":
-        keep_freed_memory()
     world = worker.mesh(Topology(replicate=worker.world_size)).world
     source = broadcast_text(request.source, world, worker.device)  # ranks that others started have each looked
     generator = Generator.of(source, worker, request.overrides)

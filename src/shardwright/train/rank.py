@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from shardwright.comm.collectives import barrier, broadcast_text
-from shardwright.comm.memory import keep_freed_memory
 from shardwright.comm.mesh import Mesh
 from shardwright.comm.worker import Worker
 from shardwright.cost.hardware import peak_flops
@@ -84,8 +83,6 @@ def main(worker: Worker, arguments: tuple[str, ...]) -> None:
         prepared = _prepare_together(worker, request)
     if worker.attempt:  # the ranks were started anew: what the last ones saved is in the directory
         prepared = replace(prepared, resume=True)
-    if worker.device.type == "cpu":
-        keep_freed_memory()
     dataset = open_data(prepared.plan.spec, prepared.plan.architecture.vocab)
     mesh = worker.mesh(prepared.plan.topology)
     _check_same_data(dataset, mesh)
