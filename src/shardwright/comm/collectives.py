@@ -3,7 +3,8 @@
 Note: direct exchange. gloo's all-gather and reduce-scatter cost two to three times what the same bytes cost as
 messages from rank to rank (measured in docs/performance.md), so on CPUs these two verbs post sends and receives
 between all pairs. The bytes are those of the ring, every rank is at work at once, and the owner sums in the order of
-the ranks, so that results do not depend on timing. Over NCCL the verbs are its own, in place. An axis says which
+the ranks, so that results do not depend on timing. Sends are posted first: the other side answers a receive with its
+message, and gloo's thread would then spin for the lock under which this rank still sends. Over NCCL the verbs are its own, in place. An axis says which
 (`Transport`); tensors of GPUs over gloo take the direct way through host memory (see staged.py).
 """
 
@@ -115,8 +116,8 @@ def _sum(tensor: Tensor, axis: Axis, call: Call) -> Handle:
 def _swap_and_add(tensor: Tensor, axis: Axis, call: Call) -> Handle:
     """Between two ranks an all-reduce is one exchange: as many bytes as the ring's two halves, in one step."""
     received, other = axis.ledger.buffer(torch.empty_like(tensor)), axis.ranks[1 - axis.index]
-    works = [_posted(dist.irecv(received, other, group=axis.group))]
-    works.append(_posted(dist.isend(tensor, other, group=axis.group)))
+    works = [_posted(dist.isend(tensor, other, group=axis.group))]
+    works.append(_posted(dist.irecv(received, other, group=axis.group)))
     return _Pending(call, works, lambda: tensor.add_(received))  # a + b is b + a to the bit: both ranks get the same
 
 
@@ -139,8 +140,8 @@ def all_gather(whole: Tensor, axis: Axis, *, reason: str) -> Handle:
 def _gather_directly(whole: Tensor, axis: Axis, call: Call) -> Handle:
     mine, works = share(whole, axis, axis.index), []
     for other in _others(axis):
-        works.append(_posted(dist.irecv(share(whole, axis, other), axis.ranks[other], group=axis.group)))
         works.append(_posted(dist.isend(mine, axis.ranks[other], group=axis.group)))
+        works.append(_posted(dist.irecv(share(whole, axis, other), axis.ranks[other], group=axis.group)))
     return _Pending(call, works)
 
 
@@ -166,8 +167,8 @@ def _scatter_directly(whole: Tensor, axis: Axis, call: Call) -> Handle:
     received = {other: axis.ledger.buffer(torch.empty_like(mine)) for other in _others(axis)}
     works = []
     for other, buffer in received.items():
-        works.append(_posted(dist.irecv(buffer, axis.ranks[other], group=axis.group)))
         works.append(_posted(dist.isend(share(whole, axis, other), axis.ranks[other], group=axis.group)))
+        works.append(_posted(dist.irecv(buffer, axis.ranks[other], group=axis.group)))
 
     def add() -> None:
         for other in sorted(received):
