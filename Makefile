@@ -1,6 +1,7 @@
 # make train   from nothing to a trained model: an environment in .venv, the install, then the quick start
 # make test    every test
 # make check   lint, format, types and the import direction
+# make bench   race the peers, DeepSpeed too, and bring docs/performance.md up to date: an hour or two
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer) of a new environment.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test check clean
+.PHONY: train test check bench clean
 
 train: $(VENV)/installed
 	$(BIN)/shardwright train recipes/quickstart.toml
@@ -24,6 +25,9 @@ check: $(VENV)/installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/architecture
 
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m benchmarks --record
+
 # The stamps are made last, so an interrupted install starts again.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -36,6 +40,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed-dev
+	$(INSTALL) --no-build-isolation -e '.[dev,bench]'
 	@touch $@
 
 clean:

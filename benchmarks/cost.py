@@ -27,9 +27,21 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import RECORDS, Case, Result, Step, against, check_losses, environment, quartiles, race
+from benchmarks.harness import (
+    COMPARED,
+    RECORDS,
+    Case,
+    Result,
+    Step,
+    against,
+    check_losses,
+    environment,
+    quartiles,
+    race,
+)
 from benchmarks.memory import measure
-from benchmarks.peers.checkpointed import ddp_llama
+from benchmarks.peers.ddp import ddp
+from benchmarks.peers.plain import CheckpointedLlama
 from shardwright.comm.mesh import Mesh
 from shardwright.cost.compute import model_cost, total
 from shardwright.data.samples import RandomSamples
@@ -64,6 +76,7 @@ class Setting:
             "sequence_length": LENGTH,
             "global_batch_size": SEQUENCES,
             "micro_batch_size": SEQUENCES // self.parallel["dp"],
+            "lr": 1e-3,
             "dtype": "fp32",
         }
         tables = {"model": {"preset": "small-25m"}, "train": train, "parallel": self.parallel, "memory": self.memory}
@@ -91,7 +104,7 @@ def shardwright(rank: int, world: int, *, plan: Plan, steps: int) -> Step:
 
     def step(index: int) -> float:
         loss = train_step(runtime, optimizer, rank_batch(runtime, samples, index), 1e-3).loss
-        if index % steps == 0:
+        if (index + 1 - COMPARED) % steps == 0:
             runtime.states.owned_tensors()
         return loss
 
@@ -114,8 +127,10 @@ def cases(steps: int, clock: str) -> list[Case]:
     """The peer without and with checkpoints, and ours."""
     plan = settings()[0].plan  # for the peer: sizes and initial values
     peers = [
-        Case(TORCH, PRECISION, partial(ddp_llama, plan=plan, checkpointed=False)),
-        Case(f"{TORCH}, checkpoint", PRECISION, partial(ddp_llama, plan=plan, checkpointed=True), (TORCH,)),
+        Case(TORCH, PRECISION, partial(ddp, plan=plan, dtype="fp32")),
+        Case(
+            f"{TORCH}, checkpoint", PRECISION, partial(ddp, plan=plan, dtype="fp32", kind=CheckpointedLlama), (TORCH,)
+        ),
     ]
     own = [Case(s.name, PRECISION, partial(shardwright, plan=s.plan, steps=steps), (s.beside,)) for s in settings()]
     found = [*peers, *own]

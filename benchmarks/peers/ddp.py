@@ -11,16 +11,26 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.harness import Step
+from benchmarks.peers.plain import Llama
 from benchmarks.peers.training import adamw, microbatches, plain_llama, summed
 from shardwright.nn.dtypes import torch_dtype
 from shardwright.plan.plan import Plan
 
 
-def ddp(rank: int, world: int, *, plan: Plan, dtype: str, autocast: bool = False, masters: bool = False) -> Step:
+def ddp(
+    rank: int,
+    world: int,
+    *,
+    plan: Plan,
+    dtype: str,
+    autocast: bool = False,
+    masters: bool = False,
+    kind: type[Llama] = Llama,
+) -> Step:
     """A training step: parameters and gradients in `dtype`; with `autocast` matrix products in bf16; with `masters`
     updated in fp32 copies kept beside the model, by hand, for DDP keeps none."""
     train = plan.spec.train
-    model = plain_llama(plan, dtype)
+    model = plain_llama(plan, dtype, kind)
     copies = [nn.Parameter(p.detach().clone()) for p in model.parameters()] if masters else []
     for copy in copies:
         copy.grad = torch.empty_like(copy)

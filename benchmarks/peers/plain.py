@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from shardwright.data.batch import IGNORED, Batch
 from shardwright.nn.decoder import Decoder
@@ -128,6 +129,17 @@ class Llama(nn.Module):
         x = self.embedding.tokens(tokens)
         for layer in self.layers:
             x = layer(x, self.cos, self.sin)
+        return self.head(x, targets)
+
+
+class CheckpointedLlama(Llama):
+    """A Llama that keeps a layer's input and runs the layer again in the backward."""
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the loss over the targets that carry one."""
+        x = self.embedding.tokens(tokens)
+        for layer in self.layers:
+            x = checkpoint(layer, x, self.cos, self.sin, use_reentrant=False, preserve_rng_state=False)
         return self.head(x, targets)
 
 

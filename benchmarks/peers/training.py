@@ -64,9 +64,9 @@ def summed(loss: Tensor) -> float:
     return float(loss)
 
 
-def plain_llama(plan: Plan, dtype: str) -> Llama:
+def plain_llama(plan: Plan, dtype: str, kind: type[Llama] = Llama) -> Llama:
     """The plain Llama with fp32 parameters, as the engine starts it; `dtype` is that of its products to be."""
-    model = Llama(plan.architecture, plan.sequence_length).to(torch.float32)
+    model = kind(plan.architecture, plan.sequence_length).to(torch.float32)
     model.load_state_dict(starting_values(model, plan.architecture, plan.spec.train.seed), strict=False)
     model.cos, model.sin = model.cos.to(torch_dtype(dtype)), model.sin.to(torch_dtype(dtype))
     return model

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.document import written
 from shardwright.checkpoint.exchange.export import export
 from shardwright.data.tokenizer import BytesTokenizer
 from shardwright.nn.initial import Seeded
@@ -108,3 +109,8 @@ def make_model(path: Path) -> None:
     BytesTokenizer().save(companions)
     export(Seeded(0), architecture, path, companions=companions, base_config={"model_type": "qwen3", "my_own": 7})
     (path / "shardwright-tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_of_records_are_those_of_the_records(page: Path) -> None:
+    assert written(page.read_text()) == page.read_text(), "python -m benchmarks.document brings it up to date"
