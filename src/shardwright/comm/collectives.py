@@ -4,8 +4,9 @@ Note: direct exchange. gloo's all-gather and reduce-scatter cost two to three ti
 messages from rank to rank (measured in docs/performance.md), so on CPUs these two verbs post sends and receives
 between all pairs. The bytes are those of the ring, every rank is at work at once, and the owner sums in the order of
 the ranks, so that results do not depend on timing. Sends are posted first: the other side answers a receive with its
-message, and gloo's thread would then spin for the lock under which this rank still sends. Over NCCL the verbs are its own, in place. An axis says which
-(`Transport`); tensors of GPUs over gloo take the direct way through host memory (see staged.py).
+message, and gloo's thread would then spin for the lock under which this rank still sends. Over NCCL the verbs are its
+own, in place. An axis says which (`Transport`); tensors of GPUs over gloo take the direct way through host memory (see
+staged.py).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardwright.cost.shapes import chunk_tokens
+from shardwright.cost.shapes import ROWS_ADDED, chunk_tokens
 from shardwright.data.batch import IGNORED
 from shardwright.nn.product import matmul, matmul_into, product
 
@@ -68,10 +68,14 @@ def _chunk_loss(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tens
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """a b, added in at least fp32 to what there is; the memory of the sum is `total`'s."""
     if total is None:
         return matmul(a, b)
     total = total.to(torch.promote_types(total.dtype, torch.float32))
-    matmul_into(total, a, b, add=True)
+    # By rows: where the product has memory of its own, that is a small part of the weight's.
+    step = ROWS_ADDED if total.dtype == a.dtype else len(a)
+    for begin in range(0, len(a), step):
+        matmul_into(total[begin : begin + step], a[begin : begin + step], b, add=True)
     return total
 
 

@@ -9,11 +9,12 @@ autograd, so it is used where gradients are off: inside functions that have a ba
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from shardwright.plan.machine import fp32_products_by_onednn
 
 _FEW_ROWS = 32
 """Up to so many the weights stand on the left: measured on AVX2 at 2 to 64 rows (docs/generate.md)."""
@@ -21,17 +22,12 @@ _FEW_ROWS = 32
 
 @cache
 def prefers_onednn() -> bool:
-    """Whether this machine's fp32 products are faster by oneDNN: it has AVX-512 and is not Intel's.
-
-    A rule and not a measurement, so that a run computes the same bits whenever it is started.
-    """
+    """Whether fp32 products are made by oneDNN. A rule and not a measurement, so that a run computes the same bits
+    whenever it is started."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
-    try:
-        is_intels = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return not is_intels and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return there and fp32_products_by_onednn()
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:

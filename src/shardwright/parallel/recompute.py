@@ -150,6 +150,11 @@ class _Scope:
         """A cheap module is called: what its inputs are before it may change them."""
         self._called.append([(self._find(x) or _Kept(x)) if isinstance(x, Tensor) else x for x in inputs])
 
+    def close(self) -> None:
+        """The forward has ended. torch holds the scope for as long as a tensor that was saved in it, and what made the
+        others would stay as long."""
+        self._derived.clear()
+
     def derive(self, module: nn.Module, inputs: Sequence[Any], output: Any) -> None:
         """The module has returned. What it changed in place is of use where that was derived."""
         kept = self._called.pop()
@@ -181,11 +186,12 @@ class _Scopes:
     @contextmanager
     def open(self) -> Iterator[_Scope]:
         """A scope for one forward."""
-        self._scope = _Scope()
+        scope = self._scope = _Scope()
         try:
-            yield self._scope
+            yield scope
         finally:
             self._scope = None
+            scope.close()
 
     def call(self, module: nn.Module, inputs: Any) -> None:
         """A hook before a cheap module."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 from shardwright.units import Bytes
@@ -38,3 +39,14 @@ def cpu_computes_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@cache
+def fp32_products_by_onednn() -> bool:
+    """Whether fp32 matrix products are faster by oneDNN than by MKL: the CPU has AVX-512, and is not Intel's, where MKL
+    keeps to AVX2 (see nn/product.py)."""
+    try:
+        found = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return "GenuineIntel" not in found and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= found
