@@ -132,7 +132,10 @@ def cases(steps: int, clock: str) -> list[Case]:
             f"{TORCH}, checkpoint", PRECISION, partial(ddp, plan=plan, dtype="fp32", kind=CheckpointedLlama), (TORCH,)
         ),
     ]
-    own = [Case(s.name, PRECISION, partial(shardwright, plan=s.plan, steps=steps), (s.beside,)) for s in settings()]
+    own = [
+        Case(s.name, PRECISION, partial(shardwright, plan=s.plan, steps=steps), (s.beside,), batch=True)
+        for s in settings()
+    ]
     found = [*peers, *own]
     if clock == "wall":
         return found

@@ -34,15 +34,17 @@ Step = Callable[[int], float]
 @dataclass(frozen=True)
 class Case:
     """One contender: `make(rank, world)` builds it in a rank. `precision` states parameters, gradients, reduction and
-    masters; `peers` and `ceiling` name the cases that it is compared with. A `bound` trains nothing: its loss says
-    nothing. The step of a `modelled` case returns, instead of a loss, the seconds that a step would take, worked out
-    from what it measured."""
+    masters; `peers` and `ceiling` name the cases that it is compared with. `batch`: its turns are a batch job's, as
+    Shardwright's ranks are (`comm/process.py`); peers are scheduled as their users' processes are. A `bound` trains
+    nothing: its loss says nothing. The step of a `modelled` case returns, instead of a loss, the seconds that a step
+    would take, worked out from what it measured."""
 
     name: str
     precision: str
     make: Callable[[int, int], Step]
     peers: tuple[str, ...] = ()
     ceiling: str = ""
+    batch: bool = False
     bound: bool = False
     modelled: bool = False
 
@@ -72,10 +74,9 @@ def _join(rank: int, world: int, store: str) -> None:
     """What every rank of every case does first."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    from shardwright.comm.process import keep_freed_memory, run_as_batch
+    from shardwright.comm.process import keep_freed_memory
 
-    keep_freed_memory()  # both for every case alike: the peers gain from it as well
-    run_as_batch()
+    keep_freed_memory()  # for every case alike: the peers gain from it as well
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
 
 
@@ -86,8 +87,16 @@ def _leave() -> None:
     os._exit(0)
 
 
+def _schedule(case: Case) -> None:
+    """Let all threads of this process be scheduled as the case's would be."""
+    policy = os.SCHED_BATCH if case.batch else os.SCHED_OTHER
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setscheduler(int(thread), policy, os.sched_param(0))
+
+
 def _seconds(case: Case, step: Step, indices: Sequence[int]) -> float:
     """Mean seconds of these steps."""
+    _schedule(case)
     dist.barrier()
     began = time.perf_counter()
     returned = [step(index) for index in indices]

@@ -18,8 +18,8 @@ def _ours(setting: Setting, zero: int, peers: tuple[str, ...], grad_dtype: str =
     suffix = f", {grad_dtype} gradients" if grad_dtype else ""
     name, top = f"zero-{zero}{suffix}", f"ceiling of zero-{zero}{suffix}"
     return [
-        Case(name, precision, partial(shardwright, plan=plan), peers, top),
-        Case(top, precision, partial(silent, plan=plan), bound=True),
+        Case(name, precision, partial(shardwright, plan=plan), peers, top, batch=True),
+        Case(top, precision, partial(silent, plan=plan), batch=True, bound=True),
     ]
 
 

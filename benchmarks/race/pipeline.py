@@ -55,7 +55,7 @@ def races(setting: Setting) -> list[Race]:
         title = f"{plan.spec.parallel.pipeline_schedule}, {_shown(plan.layers_per_stage)}"
         beside = tuple(dict.fromkeys([f"torch {title}", first]))
         make = partial(shardwright, plan=plan)
-        ours[title] = Case(title, setting.precision(), make, beside, CEILING)
-    top = Case(CEILING, setting.precision(), partial(ceiling, plan=balanced), modelled=True, bound=True)
+        ours[title] = Case(title, setting.precision(), make, beside, CEILING, batch=True)
+    top = Case(CEILING, setting.precision(), partial(ceiling, plan=balanced), batch=True, modelled=True, bound=True)
     cases = [*peers.values(), *ours.values(), top]
     return [Race("pp", f"pp = 2, {MICROBATCHES} microbatches, two ranks", WORLD, tokens_of(balanced), cases)]

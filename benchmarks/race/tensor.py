@@ -20,6 +20,6 @@ def races(setting: Setting) -> list[Race]:
     for name, sequence_parallel in (("sequence parallel", True), ("all-reduce form", False)):
         plan = setting.plan(WORLD, tp=WORLD, sequence_parallel=sequence_parallel)
         title, top = f"tp = 2, {name}", f"ceiling of {name}"
-        cases.append(Case(title, setting.precision(), partial(shardwright, plan=plan), (peer,), top))
-        cases.append(Case(top, setting.precision(), partial(silent, plan=plan), bound=True))
+        cases.append(Case(title, setting.precision(), partial(shardwright, plan=plan), (peer,), top, batch=True))
+        cases.append(Case(top, setting.precision(), partial(silent, plan=plan), batch=True, bound=True))
     return [Race("tp", "tp = 2, two ranks", WORLD, tokens_of(plan), cases)]

@@ -28,7 +28,7 @@ def races(setting: Setting) -> list[Race]:
     cases = [Case(peer, setting.precision(), make)]
     for title, plan in plans.items():
         top = f"ceiling of {title}"
-        cases.append(Case(title, setting.precision(), partial(shardwright, plan=plan), (peer,), top))
-        cases.append(Case(top, setting.precision(), partial(silent, plan=plan), bound=True))
+        cases.append(Case(title, setting.precision(), partial(shardwright, plan=plan), (peer,), top, batch=True))
+        cases.append(Case(top, setting.precision(), partial(silent, plan=plan), batch=True, bound=True))
     title = f"dp 2 x tp 2 x pp 2, {MICROBATCHES} microbatches, eight ranks on the cores of one machine"
     return [Race("3d", title, WORLD, tokens_of(first), cases)]
