@@ -21,7 +21,7 @@ from benchmarks.race.setting import MODELS, Race, Setting
 from shardwright.plan.machine import cpu_computes_bf16
 
 NAMES = ("zero-0", "zero-1", "zero-2", "zero-3", "tp", "pp", "3d")
-SAME = {"fp32": 1e-3, "bf16": 3e-2}
+SAME = {"fp32": 1e-5, "bf16": 3e-4}
 """How far the first losses may lie apart: some peers keep no masters under bf16."""
 
 
@@ -70,7 +70,7 @@ def _run(setting: Setting, found: Race, arguments: argparse.Namespace) -> None:
     measured = [] if arguments.no_memory else peaks([case for case in cases if not case.bound], world=world)
     print(table(results, found.tokens, measured), end="\n\n", flush=True)
     if arguments.record:
-        options = f"--race {found.name} --model {setting.model} --dtype {setting.dtype} --rounds {arguments.rounds}"
+        options = f"--race {found.name} --model {setting.model} --dtype {setting.dtype} --rounds {arguments.rounds} --steps {arguments.steps}"
         parts = "".join(f' "{part}"' for part in arguments.case)
         command = f"python -m benchmarks {options}" + (f" --case{parts}" if parts else "")
         name = f"race_{found.name}_{setting.model}_{setting.dtype}"

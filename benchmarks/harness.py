@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def _schedule(case: Case) -> None:
     """Let all threads of this process be scheduled as the case's would be."""
     policy = os.SCHED_BATCH if case.batch else os.SCHED_OTHER
     for thread in os.listdir("/proc/self/task"):
-        os.sched_setscheduler(int(thread), policy, os.sched_param(0))
+        with suppress(ProcessLookupError):  # it has ended since
+            os.sched_setscheduler(int(thread), policy, os.sched_param(0))
 
 
 def _seconds(case: Case, step: Step, indices: Sequence[int]) -> float:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -152,16 +151,24 @@ def executor(world: int, rounds: int) -> list[float]:
 # Planning
 
 
+_PLAN = """
+import sys
+from shardwright.cli.main import main
+try:
+    main()
+finally:
+    sys.stderr.write(open("/proc/self/status").read())
+"""
+# What wait4 tells of a child's memory begins with that of the process it was forked from.
+
+
 def planning(recipe: str) -> tuple[float, int]:
     """Seconds and the most resident bytes of `shardwright plan`."""
-    command = [sys.executable, "-m", "shardwright", "plan", f"recipes/{recipe}.toml", "--hardware", "H100-SXM"]
+    command = [sys.executable, "-c", _PLAN, "plan", f"recipes/{recipe}.toml", "--hardware", "H100-SXM"]
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(process.returncode)
-    return time.perf_counter() - began, usage.ru_maxrss << 10
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
+    seconds = time.perf_counter() - began
+    return seconds, int(done.stderr.split("VmHWM:")[1].split()[0]) << 10
 
 
 def _row(what: str, size: str, values: Sequence[float], unit: str, note: str = "") -> dict[str, Any]:
@@ -193,6 +200,11 @@ if __name__ == "__main__":
     print(told(table))
     if asked.record:
         command = f"python -m benchmarks.overheads --rounds {asked.rounds}"
-        content = {"command": command, "environment": environment(max(WORLDS)), "rows": table}
+        content = {
+            "command": command,
+            "date": time.strftime("%Y-%m-%d"),
+            "environment": environment(max(WORLDS)),
+            "rows": table,
+        }
         (RECORDS / "overheads.json").write_text(json.dumps(content, indent=1) + "\n")
         (RECORDS / "overheads.md").write_text(f"`{command}`\n\n{told(table)}\n")

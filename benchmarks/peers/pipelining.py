@@ -41,9 +41,8 @@ MULTI = {
 class LlamaStage(nn.Module):
     """Layers `first` to `stop` of the model, with the embedding before the first layer and the head after the last."""
 
-    def __init__(self, a: Architecture, length: int, first: int, stop: int, *, autocast: bool) -> None:
+    def __init__(self, a: Architecture, length: int, first: int, stop: int) -> None:
         super().__init__()
-        self.autocast = autocast
         last = stop == a.layers
         self.tok_embeddings = nn.Embedding(a.vocab, a.hidden) if first == 0 else None
         self.layers = nn.ModuleDict({str(index): Block(a) for index in range(first, stop)})
@@ -53,28 +52,25 @@ class LlamaStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens, int64 [B, T], or hidden states [B, T, hidden], to hidden states or logits [B, T, vocab]."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            x = self.tok_embeddings(x) if self.tok_embeddings is not None else x
-            for layer in self.layers.values():
-                x = layer(x, self.cos, self.sin)
-            return self.output(self.norm(x)) if self.output is not None and self.norm is not None else x
+        x = self.tok_embeddings(x) if self.tok_embeddings is not None else x
+        for layer in self.layers.values():
+            x = layer(x, self.cos, self.sin)
+        return self.output(self.norm(x)) if self.output is not None and self.norm is not None else x
 
 
-def _loss(logits: Tensor, targets: Tensor, *, num_targets: int, autocast: bool) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / num_targets
+def _loss(logits: Tensor, targets: Tensor, *, num_targets: int) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / num_targets
 
 
-def _stage(plan: Plan, split: Sequence[int], index: int, dtype: torch.dtype, autocast: bool) -> PipelineStage:
+def _stage(plan: Plan, split: Sequence[int], index: int, dtype: torch.dtype) -> PipelineStage:
     a, length, size = plan.architecture, plan.sequence_length, plan.spec.train.micro_batch_size
     first = sum(split[:index])
-    module = LlamaStage(a, length, first, first + split[index], autocast=autocast)
+    module = LlamaStage(a, length, first, first + split[index])
     start(module, plan)  # by name, so that every split begins with the same model
     module.to(dtype)
     tokens = torch.empty(size, length, dtype=torch.int64, device="meta")
     hidden = torch.empty(size, length, a.hidden, dtype=dtype, device="meta", requires_grad=True)
-    logits_dtype = torch.bfloat16 if autocast else dtype
-    logits = torch.empty(size, length, a.vocab, dtype=logits_dtype, device="meta", requires_grad=True)
+    logits = torch.empty(size, length, a.vocab, dtype=dtype, device="meta", requires_grad=True)
     return PipelineStage(
         module,
         index,
@@ -85,26 +81,24 @@ def _stage(plan: Plan, split: Sequence[int], index: int, dtype: torch.dtype, aut
     )
 
 
-def _clip(parameters: Sequence[nn.Parameter], losses: Sequence[Tensor]) -> float:
+def _clip(parameters: Sequence[nn.Parameter], losses: Sequence[Tensor], most: float) -> float:
     """Clip by the norm over all stages; the loss travels in the same reduction."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     scalars = torch.tensor([norm.item() ** 2, sum(loss.item() for loss in losses)], dtype=torch.float64)
     dist.all_reduce(scalars)
-    torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, scalars[0].sqrt().to(norm.dtype), foreach=True)
+    torch.nn.utils.clip_grads_with_norm_(parameters, most, scalars[0].sqrt().to(norm.dtype), foreach=True)
     return float(scalars[1])
 
 
-def torch_pipeline(
-    rank: int, world: int, *, plan: Plan, schedule: str, split: Sequence[int], dtype: str, autocast: bool = False
-) -> Step:
+def torch_pipeline(rank: int, world: int, *, plan: Plan, schedule: str, split: Sequence[int], dtype: str) -> Step:
     """A training step of a torch schedule; `split` counts the layers of each stage, several per rank where they are
-    more than the ranks. One dtype throughout, or fp32 with matrix products autocast to bf16."""
+    more than the ranks. One dtype throughout."""
     indices = [index for index in range(len(split)) if index % world == rank]
     if schedule == "zbv":
         indices = [rank, 2 * world - 1 - rank]
-    stages = [_stage(plan, split, index, torch_dtype(dtype), autocast) for index in indices]
+    stages = [_stage(plan, split, index, torch_dtype(dtype)) for index in indices]
     size, length = plan.spec.train.global_batch_size, plan.sequence_length
-    loss = partial(_loss, num_targets=size * length, autocast=autocast)
+    loss = partial(_loss, num_targets=size * length)
     options = {"n_microbatches": plan.num_microbatches, "loss_fn": loss, "scale_grads": False}
     runner = SINGLE[schedule](stages[0], **options) if schedule in SINGLE else MULTI[schedule](stages, **options)
     parameters = [p for stage in stages for p in stage.submod.parameters()]
@@ -117,7 +111,7 @@ def torch_pipeline(
         targets = torch.from_numpy(batch.targets) if len(split) - 1 in indices else None
         losses: list[Tensor] = []
         runner.step(*inputs, target=targets, losses=losses, return_outputs=False)
-        total = _clip(parameters, losses)
+        total = _clip(parameters, losses, plan.spec.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return total

@@ -33,7 +33,7 @@ from shardwright.plan.plan import Plan
 def _module(plan: Plan, split: Sequence[int], index: int, mesh: DeviceMesh, dtype: str) -> nn.Module:
     """A stage's layers, divided by tp, then by dp."""
     first = sum(split[:index])
-    module = LlamaStage(plan.architecture, plan.sequence_length, first, first + split[index], autocast=False)
+    module = LlamaStage(plan.architecture, plan.sequence_length, first, first + split[index])
     start(module, plan)
     module.cos, module.sin = module.cos.to(torch_dtype(dtype)), module.sin.to(torch_dtype(dtype))
     parallelize(module, mesh["tp"], local_logits=True)

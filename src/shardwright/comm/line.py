@@ -110,7 +110,7 @@ def _received(tensor: Tensor, line: Line, source: int, call: Call) -> Handle:
 def exchange_sum(tensor: Tensor, line: Line, other: int, *, reason: str) -> Handle:
     """Sum a tensor with another position's, in place on both, to the same bits: a + b is b + a."""
     received = tensor.new_empty(tensor.shape)
-    handles = [receive(received, line, other, reason=reason), send(tensor, line, other, reason=reason)]
+    handles = [send(tensor, line, other, reason=reason), receive(received, line, other, reason=reason)]
     return _Sum(tensor, received, handles)
 
 

@@ -1,7 +1,7 @@
 """Causal attention: torch's own kernels, but on some CPUs tiles of queries.
 
 Note: why not flash attention there. torch's CPU kernel multiplies one head's tile at a time, and in bf16 converts it to
-fp32 first. With AVX-512, and heads of 64 or more, batched products over the heads take three quarters of its time in
+fp32 first. With AVX-512 on a processor that is not Intel's, and heads of 64 or more, batched products over the heads take three quarters of its time in
 fp32 and in bf16, for lengths at which the scores of one tile of all heads fit the cache (docs/performance.md): in bf16
 attention is two fifths of a small model's step. What is kept is what flash attention keeps (Dao et al. 2022): query,
 key, value, output, and the logarithm of each row's sum. Scores and their gradients are of at least fp32.
@@ -16,9 +16,10 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from shardwright.plan.machine import cpu_computes_bf16
+from shardwright.plan.machine import cpu_computes_bf16, fp32_products_by_onednn
 
 TILE = 64
 """Queries of a tile: of 64, 128 and 256 the fastest at 256 to 1024 positions, as it makes the fewest masked scores."""
@@ -30,9 +31,10 @@ _NOTHING = -80.0
 
 @cache
 def _pays(dtype: torch.dtype) -> bool:
-    """Whether tiles were measured to be faster on machines like this. A rule, so that a run's bits do not vary."""
+    """Whether tiles were measured to be faster on machines like this, with AVX-512 and not Intel's. A rule, so that a
+    run's bits do not vary."""
     fast = dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_computes_bf16())
-    return fast and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return fast and fp32_products_by_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
@@ -85,6 +87,7 @@ class _Tiled(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         q, k, v, out, log_sums = ctx.saved_tensors
         (b, h, t, d), wide = q.shape, log_sums.dtype
@@ -99,8 +102,8 @@ class _Tiled(torch.autograd.Function):
                     _rows(x, queries, len(k[i])) for x in (q[i], grad[i], means, log_sums[i].unsqueeze(-1))
                 )
                 shares = (_rows(asked, queries, len(k[i])) @ keys[..., seen]).sub_(log_sum)
-                _mask(shares, queries, _NOTHING)
                 shares.clamp_min_(_NOTHING).exp_()
+                _mask(shares, queries, 0.0)
                 scores = (_rows(back, queries, len(k[i])) @ values[..., seen]).sub_(mean).mul_(shares).to(q.dtype)
                 _add_product(grad_v[:, seen], shares.to(q.dtype).mT, rows_back)
                 _add_product(grad_k[:, seen], scores.mT, rows)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardwright.cost.shapes import ROWS_ADDED, chunk_tokens
 from shardwright.data.batch import IGNORED
-from shardwright.nn.product import matmul, matmul_into, product
+from shardwright.nn.product import by_onednn, matmul, matmul_into, product
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -72,8 +72,8 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     if total is None:
         return matmul(a, b)
     total = total.to(torch.promote_types(total.dtype, torch.float32))
-    # By rows: where the product has memory of its own, that is a small part of the weight's.
-    step = ROWS_ADDED if total.dtype == a.dtype else len(a)
+    # By rows where the product has memory of its own: a small part of the weight's.
+    step = ROWS_ADDED if by_onednn(a, b) else max(1, len(a))
     for begin in range(0, len(a), step):
         matmul_into(total[begin : begin + step], a[begin : begin + step], b, add=True)
     return total

@@ -30,7 +30,8 @@ def prefers_onednn() -> bool:
     return there and fp32_products_by_onednn()
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product of these two is made by oneDNN, in memory of its own."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return x.dtype == weight.dtype == torch.float32 and prefers_onednn()
@@ -50,7 +51,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     left.
     """
     rows = x.numel() // max(1, x.shape[-1])
-    if rows > _FEW_ROWS and _by_onednn(x, weight):
+    if rows > _FEW_ROWS and by_onednn(x, weight):
         return _onednn(x, weight)
     decodes = torch.is_inference_mode_enabled() and 1 < rows <= _FEW_ROWS
     if not decodes or x.device.type != "cpu" or x.dtype != torch.float32:
@@ -59,13 +60,13 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a b, [..., k] and [k, n] to [..., n]."""
-    return _onednn(a, b.T) if _by_onednn(a, b) else a @ b
+    """a b, [..., m, k] and [k, n] to [..., m, n]."""
+    return _onednn(a, b.T) if by_onednn(a, b) else a @ b
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     """Write the product of two matrices into `out`, or add it to what is there. `out` may be of another dtype."""
-    if out.dtype == a.dtype and not _by_onednn(a, b):
+    if out.dtype == a.dtype and not by_onednn(a, b):
         if add:
             out.addmm_(a, b)
         else:

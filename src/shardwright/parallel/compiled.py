@@ -35,8 +35,10 @@ def _compiled_set(formulas: Kernels) -> Kernels:
 def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
     # For each shape its own kernel: those for any shape take three to ten times as long. torch counts what it has
     # compiled by the code, so a set has a copy of its own, or a process with many models would reach the limit.
-    own = FunctionType(formula.__code__.replace(), formula.__globals__, formula.__name__)
-    compiled = torch.compile(own, fullgraph=True, dynamic=False)
+    own = FunctionType(
+        formula.__code__.replace(), formula.__globals__, formula.__name__, formula.__defaults__, formula.__closure__
+    )
+    compiled = torch.compile(own, dynamic=False)  # what meets more shapes than torch's limit runs as it is written
 
     def run(*arguments: Any) -> Any:
         # Whether autograd watches a tensor is no affair of a kernel, but would be a reason to compile it again.
