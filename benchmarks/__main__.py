@@ -70,7 +70,8 @@ def _run(setting: Setting, found: Race, arguments: argparse.Namespace) -> None:
     measured = [] if arguments.no_memory else peaks([case for case in cases if not case.bound], world=world)
     print(table(results, found.tokens, measured), end="\n\n", flush=True)
     if arguments.record:
-        options = f"--race {found.name} --model {setting.model} --dtype {setting.dtype} --rounds {arguments.rounds} --steps {arguments.steps}"
+        options = f"--race {found.name} --model {setting.model} --dtype {setting.dtype}"
+        options += f" --rounds {arguments.rounds} --steps {arguments.steps}"
         parts = "".join(f' "{part}"' for part in arguments.case)
         command = f"python -m benchmarks {options}" + (f" --case{parts}" if parts else "")
         name = f"race_{found.name}_{setting.model}_{setting.dtype}"

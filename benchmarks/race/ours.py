@@ -1,4 +1,4 @@
-"""Shardwright's side of a race, and its ceiling: the same step with transfers that take no time."""
+"""Shardwright's side of a race, and its ceiling: the same step with transfers for which nobody waits."""
 
 from __future__ import annotations
 

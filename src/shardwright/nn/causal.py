@@ -1,10 +1,11 @@
 """Causal attention: torch's own kernels, but on some CPUs tiles of queries.
 
 Note: why not flash attention there. torch's CPU kernel multiplies one head's tile at a time, and in bf16 converts it to
-fp32 first. With AVX-512 on a processor that is not Intel's, and heads of 64 or more, batched products over the heads take three quarters of its time in
-fp32 and in bf16, for lengths at which the scores of one tile of all heads fit the cache (docs/performance.md): in bf16
-attention is two fifths of a small model's step. What is kept is what flash attention keeps (Dao et al. 2022): query,
-key, value, output, and the logarithm of each row's sum. Scores and their gradients are of at least fp32.
+fp32 first. With AVX-512 on a processor that is not Intel's, and heads of 64 or more, batched products over the heads
+take three quarters of its time in fp32 and two thirds in bf16, for lengths at which the scores of one tile of all heads
+fit the cache (docs/performance.md): in bf16 attention is two fifths of a small model's step. What is kept is what flash
+attention keeps (Dao et al. 2022): query, key, value, output, and the logarithm of each row's sum. Scores and their
+gradients are of at least fp32.
 
 Shapes: B sequences, H query heads, K key-value heads, T positions, D head size; R positions of a tile.
 """
