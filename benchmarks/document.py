@@ -64,10 +64,11 @@ def _cell(race: str, ours: str, theirs: str, setting: str) -> str:
 
 def summary() -> str:
     """The pairs of all settings as one table."""
-    heads = ["ours beside", *(name.replace("_", ", ").replace("small-", "").replace("llama-", "") for name in SETTINGS)]
+    raced = [name for name in SETTINGS if any(RECORDS.glob(f"race_*_{name}.json"))]
+    heads = ["ours beside", *(name.replace("_", ", ").replace("small-", "").replace("llama-", "") for name in raced)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for race, ours, theirs in PAIRS:
-        cells = [_cell(race, ours, theirs, setting) for setting in SETTINGS]
+        cells = [_cell(race, ours, theirs, setting) for setting in raced]
         if any(cells):
             first = ours.split("|")[0].replace(", 5 + 3", ", balanced")
             second = MASTERS.get(theirs, theirs.split("|")[0].replace(", 4 + 4", ", even"))
