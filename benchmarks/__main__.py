@@ -54,10 +54,12 @@ def main() -> None:
     if not deepspeed.available():
         print("DeepSpeed is not installed and takes no part: pip install 'shardwright[bench]'", file=sys.stderr)
     settings = [Setting(model, dtype) for model in arguments.model for dtype in arguments.dtype]
-    for setting in settings:
-        for found in races(setting):
-            if found.name in arguments.race:
-                _run(setting, found, arguments)
+    found = [(setting, one) for setting in settings for one in races(setting) if one.name in arguments.race]
+    found = [(setting, one) for setting, one in found if chosen(one.cases, arguments.case)]
+    if not found:
+        parser.error(f"--case: no case of {', '.join(arguments.race)} has one of these in its name: {arguments.case}")
+    for setting, one in found:
+        _run(setting, one, arguments)
     if arguments.record:
         update()
 
