@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shardwright.nn import product as products
-from shardwright.nn.product import matmul, matmul_into, product
+from shardwright.nn.product import fast_products, matmul, matmul_into, product
 
 ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -42,8 +42,26 @@ def test_products_are_written_and_added(by_onednn: bool, dtype: torch.dtype) -> 
     assert torch.allclose(out.double(), 2 * whole, **bar)
 
 
-def test_with_gradients_torch_multiplies(by_onednn: bool) -> None:
-    """oneDNN's operator knows no autograd."""
+def test_products_have_gradients(by_onednn: bool) -> None:
     x, weight = torch.randn(40, 48, requires_grad=True), torch.randn(80, 48, requires_grad=True)
     product(x, weight).sum().backward()
     assert x.grad is not None and torch.allclose(x.grad, weight.sum(0).detach().expand(40, 48), atol=1e-4)
+
+
+def test_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    with pytest.raises(RuntimeError), fast_products():
+        assert setting.fp32_precision == "bf16"
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert setting.fp32_precision == before
+
+
+def test_rounded_products_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As oneDNN would round them with AMX."""
+    exact = products._onednn_is_exact.__wrapped__
+    assert exact()
+    multiply = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: multiply(a.bfloat16(), b.bfloat16()).float())
+    assert not exact()

@@ -8,7 +8,7 @@ gradient of the block's input.
 
 from __future__ import annotations
 
-from shardwright.cost.shapes import ROWS_ADDED, Shapes, chunk_tokens, summed
+from shardwright.cost.shapes import Shapes, chunk_tokens, summed
 from shardwright.cost.tape import Tape
 
 
@@ -293,7 +293,6 @@ class HeadTape:
                 t.drop(narrow)
                 t.take(narrow)
                 t.drop(wide)
-            t.brief(tokens * s.a.hidden * s.element if s.separate else 0)
             # In bf16 a second chunk's product is added in fp32.
             if s.wide != s.element and weight:
                 t.take(wide_weight if weight == self.weight else 0)
@@ -303,8 +302,6 @@ class HeadTape:
             elif not weight:
                 t.take(self.weight)
                 weight = self.weight
-            else:
-                t.brief(min(self.weight, ROWS_ADDED * s.a.hidden * s.element) if s.separate else 0)
             t.drop(narrow)
         received = summed(s)
         t.open(received)

@@ -102,7 +102,7 @@ class TensorTraffic:
         step = chunk_tokens(s.most_words, s.device)
         whole, rest = divmod(s.tokens, step)
         for tokens, chunks in ((step, whole), (rest, 1 if rest else 0)):
-            self.tally.all_gather(s.tp * 3 * tokens * s.wide, TP, "tensor/loss", chunks * self.num_microbatches)
+            self.tally.all_gather(s.tp * 2 * tokens * s.wide, TP, "tensor/loss", chunks * self.num_microbatches)
         self._scatter_sum("tensor/output/backward", 1)
 
     def _gather(self, reason: str, often: int) -> None:

@@ -11,9 +11,6 @@ from shardwright.spec.architecture import Architecture
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 
-ROWS_ADDED = 1024
-"""Words whose gradients are added at once to those of earlier chunks; see nn/loss.py."""
-
 
 def chunk_tokens(vocab: int, device_type: str) -> int:
     """Tokens whose logits are held at once; see nn/loss.py."""
@@ -22,10 +19,7 @@ def chunk_tokens(vocab: int, device_type: str) -> int:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What one rank of `tp` holds of one microbatch, in bytes. `positions` is the sequence's length.
-
-    `separate`: products are made in memory of their own, and copied or added from there to where they belong.
-    """
+    """What one rank of `tp` holds of one microbatch, in bytes. `positions` is the sequence's length."""
 
     a: Architecture
     positions: int
@@ -36,7 +30,6 @@ class Shapes:
     dtype: str
     grad_dtype: str
     device: str
-    separate: bool = False
 
     @property
     def element(self) -> int:
@@ -120,8 +113,8 @@ class Shapes:
         return self.inner * (2 if self.a.activation == "swiglu" else 1)
 
     def converted(self, elements: int) -> int:
-        """Bytes of a weight's gradient on its way to a buffer: of another dtype, or from memory of its own."""
-        return elements * self.element if self.separate or self.dtype != self.grad_dtype else 0
+        """Bytes of a weight's gradient on its way to a buffer of another dtype."""
+        return elements * self.element if self.dtype != self.grad_dtype else 0
 
     @property
     def words(self) -> int:

@@ -1,11 +1,9 @@
 """Causal attention: torch's own kernels, but on some CPUs tiles of queries.
 
 Note: why not flash attention there. torch's CPU kernel multiplies one head's tile at a time, and in bf16 converts it to
-fp32 first. With AVX-512 on a processor that is not Intel's, and heads of 64 or more, batched products over the heads
-take three quarters of its time in fp32 and two thirds in bf16, for lengths at which the scores of one tile of all heads
-fit the cache (docs/performance.md): in bf16 attention is two fifths of a small model's step. What is kept is what flash
-attention keeps (Dao et al. 2022): query, key, value, output, and the logarithm of each row's sum. Scores and their
-gradients are of at least fp32.
+fp32 first. With AVX-512 on a processor that is not Intel's, and heads of 64 or more, products batched over the heads
+take half of its time (docs/performance.md). Only query, key and value are kept; the shares of attention are computed
+again. Scores and their gradients are of at least fp32.
 
 Shapes: B sequences, H query heads, K key-value heads, T positions, D head size; R positions of a tile.
 """
@@ -20,28 +18,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from shardwright.plan.machine import cpu_computes_bf16, fp32_products_by_onednn
+from shardwright.nn.product import fast_products, prefers_onednn
+from shardwright.plan.machine import cpu_computes_bf16
 
-TILE = 64
-"""Queries of a tile: of 64, 128 and 256 the fastest at 256 to 1024 positions, as it makes the fewest masked scores."""
-_LONGEST, _SMALLEST_HEAD = 1024, 64
-
-_NOTHING = -80.0
-"""Exponents are at least this: exp of less is nothing beside 1, and where it is denormal takes thirty times as long."""
+_SHORTEST, _LONGEST, _SMALLEST_HEAD = 128, 2048, 64
 
 
 @cache
 def _pays(dtype: torch.dtype) -> bool:
-    """Whether tiles were measured to be faster on machines like this, with AVX-512 and not Intel's. A rule, so that a
-    run's bits do not vary."""
-    fast = dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_computes_bf16())
-    return fast and fp32_products_by_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    """Whether tiles were measured to be faster on machines like this. A rule, so that a run's bits do not vary."""
+    return prefers_onednn() and (dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_computes_bf16()))
 
 
 def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V under a causal mask, [B, H, T, D]; consecutive query heads share a key-value head."""
     (_, heads, length, size), device = q_BHTD.shape, q_BHTD.device
-    fits = TILE < length <= _LONGEST and size >= _SMALLEST_HEAD
+    fits = _SHORTEST <= length <= _LONGEST and size >= _SMALLEST_HEAD
     if device.type == "cpu" and torch.is_grad_enabled() and fits and _pays(q_BHTD.dtype):
         return _Tiled.apply(q_BHTD, k_BKTD, v_BKTD)  # type: ignore[return-value]
     grouped = heads != k_BKTD.shape[1]
@@ -49,68 +41,68 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
 
 
 def _tiles(length: int) -> Iterator[tuple[slice, slice]]:
-    """(queries of a tile, the keys that some of them see)."""
-    for begin in range(0, length, TILE):
-        end = min(begin + TILE, length)
+    """(queries of a tile, the keys that some of them see): fewer, larger tiles are fewer operations; smaller ones make
+    fewer scores that are masked."""
+    size = min(max(64, length // 4), 128)
+    for begin in range(0, length, size):
+        end = min(begin + size, length)
         yield slice(begin, end), slice(0, end)
 
 
 def _rows(x_HTD: Tensor, queries: slice, kv_heads: int) -> Tensor:
     """A tile [K, H / K * R, D]: the query heads of a key-value head one after the other."""
-    return x_HTD[:, queries].reshape(kv_heads, -1, x_HTD.shape[-1])
+    return x_HTD[:, queries].reshape(kv_heads, -1, x_HTD.shape[-1]).contiguous()
 
 
-def _mask(scores: Tensor, queries: slice, value: float) -> None:
-    """Overwrite the scores [K, H / K * R, keys] of keys that come after their query."""
-    r = queries.stop - queries.start
-    last = scores.view(scores.shape[0], -1, r, scores.shape[-1])[..., queries]
-    last.masked_fill_(torch.ones(r, r, dtype=torch.bool).triu_(1), value)
+def _shares(asked: Tensor, keys: Tensor, queries: slice) -> Tensor:
+    """How much of each key's value a query takes, [K, H / K * R, keys], by rows of queries scaled already."""
+    wide, r = torch.promote_types(asked.dtype, torch.float32), queries.stop - queries.start
+    scores = torch.bmm(asked.to(wide), keys.to(wide).mT)
+    later = torch.full((r, r), -torch.inf, dtype=wide).triu_(1)
+    scores.view(len(keys), -1, r, keys.shape[1])[..., queries].add_(later)
+    return torch.softmax(scores, dim=-1, out=scores)
 
 
 class _Tiled(torch.autograd.Function):
+    """Copies of slices are made here, once: oneDNN takes contiguous matrices."""
+
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
         b, h, t, d = q.shape
+        out = q.new_empty(t, b, h, d).permute(1, 2, 0, 3)  # positions first, as the layers around have them
         wide = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_empty(b, t, h, d).transpose(1, 2)
-        log_sums = torch.empty(b, h, t, dtype=wide)
-        for i in range(b):
-            asked, keys = q[i].to(wide) * d**-0.5, k[i].to(wide).mT
-            for queries, seen in _tiles(t):
-                scores = _rows(asked, queries, len(k[i])) @ keys[..., seen]
-                _mask(scores, queries, torch.finfo(wide).min / 2)
-                largest = scores.amax(dim=-1, keepdim=True)
-                total = scores.sub_(largest).clamp_min_(_NOTHING).exp_().sum(dim=-1, keepdim=True)
-                attended = (scores.to(v.dtype) @ v[i, :, seen]).div_(total)
-                out[i, :, queries] = attended.view(h, -1, d)
-                log_sums[i, :, queries] = largest.add_(total.log_()).view(h, -1)
-        ctx.save_for_backward(q, k, v, out, log_sums)
+        with fast_products():
+            for i in range(b):
+                for queries, seen in _tiles(t):
+                    asked = _rows(q[i], queries, k.shape[1]).to(wide) * d**-0.5
+                    shares = _shares(asked, k[i, :, seen].contiguous(), queries).to(v.dtype)
+                    out[i, :, queries] = torch.bmm(shares, v[i, :, seen].contiguous()).view(h, -1, d)
+        ctx.save_for_backward(q, k, v)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        q, k, v, out, log_sums = ctx.saved_tensors
-        (b, h, t, d), wide = q.shape, log_sums.dtype
-        grads = [x.new_empty(b, t, x.shape[1], d).transpose(1, 2) for x in (q, k, v)]
-        for i in range(b):
-            asked, keys, back, values = q[i].to(wide) * d**-0.5, k[i].to(wide).mT, grad[i].to(wide), v[i].to(wide).mT
-            grad_k, grad_v = keys.new_zeros(len(k[i]), t, d), keys.new_zeros(len(k[i]), t, d)
-            # The mean of a query's gradient of shares under its shares is that of the output along itself.
-            means = (back * out[i]).sum(dim=-1, keepdim=True)
-            for queries, seen in _tiles(t):
-                rows, rows_back, mean, log_sum = (
-                    _rows(x, queries, len(k[i])) for x in (q[i], grad[i], means, log_sums[i].unsqueeze(-1))
-                )
-                shares = (_rows(asked, queries, len(k[i])) @ keys[..., seen]).sub_(log_sum)
-                shares.clamp_min_(_NOTHING).exp_()
-                _mask(shares, queries, 0.0)
-                scores = (_rows(back, queries, len(k[i])) @ values[..., seen]).sub_(mean).mul_(shares).to(q.dtype)
-                _add_product(grad_v[:, seen], shares.to(q.dtype).mT, rows_back)
-                _add_product(grad_k[:, seen], scores.mT, rows)
-                grads[0][i, :, queries] = (scores @ k[i, :, seen]).mul_(d**-0.5).view(h, -1, d)
-            grads[1][i] = grad_k.mul_(d**-0.5)
-            grads[2][i] = grad_v
+        q, k, v = ctx.saved_tensors
+        (b, h, t, d), kv_heads = q.shape, k.shape[1]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        grads = [x.new_empty(t, b, x.shape[1], d).permute(1, 2, 0, 3) for x in (q, k, v)]
+        grad_k, grad_v = (torch.empty(kv_heads, t, d, dtype=wide) for _ in (k, v))
+        with fast_products():
+            for i in range(b):
+                grad_k.zero_()
+                grad_v.zero_()
+                for queries, seen in _tiles(t):
+                    rows, back = _rows(q[i], queries, kv_heads), _rows(grad[i], queries, kv_heads)
+                    keys, values = k[i, :, seen].contiguous(), v[i, :, seen].contiguous()
+                    shares = _shares(rows.to(wide) * d**-0.5, keys, queries)
+                    scores = torch.bmm(back.to(wide), values.to(wide).mT)
+                    scores = torch._softmax_backward_data(scores, shares, -1, wide).to(q.dtype)
+                    _add_product(grad_v[:, seen], shares.to(q.dtype).mT, back)
+                    _add_product(grad_k[:, seen], scores.mT, rows)
+                    torch.mul(torch.bmm(scores, keys).view(h, -1, d), d**-0.5, out=grads[0][i, :, queries])
+                torch.mul(grad_k, d**-0.5, out=grads[1][i])
+                grads[2][i] = grad_v
         return tuple(grads)
 
 
@@ -118,4 +110,4 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.baddbmm_(a, b)
     else:
-        total.add_(a @ b)
+        total.add_(torch.bmm(a, b))

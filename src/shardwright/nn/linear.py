@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from shardwright.nn.parameters import Declaration
 from shardwright.nn.product import product
@@ -21,4 +20,4 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
-        return product(x, self.weight) if self.bias is None else F.linear(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias)

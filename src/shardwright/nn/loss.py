@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardwright.cost.shapes import ROWS_ADDED, chunk_tokens
+from shardwright.cost.shapes import chunk_tokens
 from shardwright.data.batch import IGNORED
-from shardwright.nn.product import by_onednn, matmul, matmul_into, product
+from shardwright.nn.product import matmul, matmul_into, product
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -58,13 +58,20 @@ def _chunk_loss(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tens
     counted = targets != IGNORED
     index = targets.clamp(min=0).unsqueeze(1)
     at_target = logits.gather(1, index).squeeze(1)
-    log_sum = torch.logsumexp(logits, dim=1)
+    grad, log_sum = softmax_(logits, logits.amax(dim=1))
     loss = torch.where(counted, log_sum - at_target, 0.0).sum()
     if not needs_grad:
         return loss, None
-    grad = logits.sub_(log_sum.unsqueeze(1)).exp_()
     grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
     return loss, grad.mul_(counted.unsqueeze(1))
+
+
+def softmax_(logits: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax of each row in the memory of the logits, and the logarithms of the rows' sums of exponentials; one
+    operation in the place of four. `largest`: of each row."""
+    shares = torch.softmax(logits, dim=1, out=logits)
+    # The largest logit's share is 1 over the sum of exponentials beside it.
+    return shares, largest - shares.amax(dim=1).log()
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -72,10 +79,7 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     if total is None:
         return matmul(a, b)
     total = total.to(torch.promote_types(total.dtype, torch.float32))
-    # By rows where the product has memory of its own: a small part of the weight's.
-    step = ROWS_ADDED if by_onednn(a, b) else max(1, len(a))
-    for begin in range(0, len(a), step):
-        matmul_into(total[begin : begin + step], a[begin : begin + step], b, add=True)
+    matmul_into(total, a, b, add=True)
     return total
 
 

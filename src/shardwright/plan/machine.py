@@ -43,10 +43,10 @@ def cpu_computes_bf16() -> bool:
 
 @cache
 def fp32_products_by_onednn() -> bool:
-    """Whether fp32 matrix products are faster by oneDNN than by MKL: the CPU has AVX-512, and is not Intel's, where MKL
-    keeps to AVX2 (see nn/product.py)."""
+    """Whether fp32 matrix products are faster by oneDNN than by MKL: the CPU has AVX-512 without AMX and is not
+    Intel's, so that MKL keeps to AVX2 (see nn/product.py)."""
     try:
         found = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return False
-    return "GenuineIntel" not in found and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= found
+    return not found & {"GenuineIntel", "amx_tile"} and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= found

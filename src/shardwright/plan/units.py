@@ -13,7 +13,6 @@ from shardwright.cost.units import (
     norm_parameters,
     word_parameters,
 )
-from shardwright.plan.machine import fp32_products_by_onednn
 from shardwright.plan.pipeline import placement_of
 from shardwright.plan.plan import Plan
 
@@ -86,7 +85,6 @@ def shapes_of(plan: Plan, tp: int) -> Shapes:
         plan.dtype,
         plan.grad_dtype,
         plan.device,
-        plan.device == "cpu" and plan.dtype == "fp32" and fp32_products_by_onednn(),
     )
 
 

@@ -1,8 +1,8 @@
 """Embedding and output of which a rank has some rows of the vocabulary; whole logits never exist.
 
 Note: cross-entropy over a sharded vocabulary. A rank computes the logits of its words for a chunk of tokens. What the
-ranks exchange per token are three numbers: the largest logit, the sum of exponentials beneath it, and the target's
-logit where a rank has the target's word. Each then knows log p(target) and the gradient of its own logits. The loss is
+ranks exchange per token are two numbers: the logarithm of the sum of its exponentials, and the target's logit where a
+rank has the target's word. Each then knows log p(target) and the gradient of its own logits. The loss is
 returned by the axis's first rank and zero by the others, so that a sum over the world counts it once.
 """
 
@@ -22,7 +22,7 @@ from shardwright.data.batch import IGNORED
 from shardwright.layout.split import even_split
 from shardwright.nn.cache import Places
 from shardwright.nn.kernels import Kernels
-from shardwright.nn.loss import add_product
+from shardwright.nn.loss import add_product, softmax_
 from shardwright.nn.parameters import Declaration
 from shardwright.nn.product import matmul_into, product
 from shardwright.parallel.sink import GradientSink, sink_of
@@ -81,25 +81,25 @@ def _summarise(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest = logits.amax(dim=1)
     at_target = torch.where(own >= 0, logits.gather(1, own.clamp(min=0).unsqueeze(1)).squeeze(1), 0.0)
-    exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
-    return exponentials, torch.stack((largest, exponentials.sum(dim=1), at_target))
+    shares, log_sum = softmax_(logits, largest)
+    return shares, torch.stack((log_sum, at_target))
 
 
-def _gradient(exponentials: Tensor, largest: Tensor, log_sum: Tensor, own: Tensor, counted: Tensor) -> Tensor:
+def _gradient(shares: Tensor, own_log_sum: Tensor, log_sum: Tensor, own: Tensor, counted: Tensor) -> Tensor:
     # Where no loss is counted there is no gradient; elsewhere the softmax, less one at the target.
-    grad = exponentials.mul_(torch.where(counted, (largest - log_sum).exp(), 0.0).unsqueeze(1))
+    grad = shares.mul_(torch.where(counted, (own_log_sum - log_sum).exp(), 0.0).unsqueeze(1))
     return grad.scatter_add_(1, own.clamp(min=0).unsqueeze(1), -(own >= 0).to(grad.dtype).unsqueeze(1))
 
 
 def _summarise_formula(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest = wide.amax(dim=1)
-    beneath = (wide - largest.unsqueeze(1)).exp().sum(dim=1)
+    log_sum = largest + (wide - largest.unsqueeze(1)).exp().sum(dim=1).log()
     at_target = torch.where(own >= 0, wide.gather(1, own.clamp(min=0).unsqueeze(1)).squeeze(1), 0.0)
-    return logits, torch.stack((largest, beneath, at_target))
+    return logits, torch.stack((log_sum, at_target))
 
 
-def _gradient_formula(logits: Tensor, largest: Tensor, log_sum: Tensor, own: Tensor, counted: Tensor) -> Tensor:
+def _gradient_formula(logits: Tensor, own_log_sum: Tensor, log_sum: Tensor, own: Tensor, counted: Tensor) -> Tensor:
     softmax = (logits - log_sum.unsqueeze(1)).exp()
     is_target = torch.arange(logits.shape[1], device=own.device) == own.unsqueeze(1)
     return torch.where(counted.unsqueeze(1), softmax - is_target.to(softmax.dtype), 0.0).to(logits.dtype)
@@ -110,7 +110,7 @@ class LossKernels(Kernels):
     """A chunk of tokens, before and after the exchange; `own` [tokens] are the targets' rows on this rank.
 
     summarise: (logits, own) to what the gradient needs of the logits, in their place or the logits themselves, and the
-    three numbers per token [3, tokens]. gradient: (that, largest, log_sum, own, counted) to the gradient of the logits.
+    two numbers per token [2, tokens]. gradient: (that, own_log_sum, log_sum, own, counted) to the logits' gradient.
     """
 
     summarise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _summarise
@@ -225,12 +225,10 @@ def _chunk_loss(
 
 
 def _exchange(mine: Tensor, region: Region) -> tuple[Tensor, Tensor]:
-    """log of the sum of exponentials over all words, and the target's logit, from each rank's [3, tokens]."""
+    """log of the sum of exponentials over all words, and the target's logit, from each rank's [2, tokens]."""
     axis = region.axis
     everyone = mine.new_empty(axis.degree, *mine.shape)
     share(everyone.view(-1), axis, axis.index).copy_(mine.view(-1))
     all_gather(everyone.view(-1), axis, reason="tensor/loss").wait()
-    largest, beneath, at_target = everyone.unbind(1)
-    peak = largest.amax(dim=0)
-    log_sum = peak + (beneath * (largest - peak).exp()).sum(dim=0).log()
-    return log_sum, at_target.sum(dim=0)
+    log_sums, at_target = everyone.unbind(1)
+    return log_sums.logsumexp(dim=0), at_target.sum(dim=0)
