@@ -50,7 +50,7 @@ def test_products_have_gradients(by_onednn: bool) -> None:
 
 def test_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "prefers_onednn", lambda: True)
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = setting.fp32_precision
     with pytest.raises(RuntimeError), fast_products():
         assert setting.fp32_precision == "bf16"

@@ -24,7 +24,7 @@ _FEW_ROWS = 32
 
 @contextmanager
 def _onednn() -> Iterator[None]:
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:
