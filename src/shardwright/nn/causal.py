@@ -97,7 +97,7 @@ class _Tiled(torch.autograd.Function):
                     keys, values = k[i, :, seen].contiguous(), v[i, :, seen].contiguous()
                     shares = _shares(rows.to(wide) * d**-0.5, keys, queries)
                     scores = torch.bmm(back.to(wide), values.to(wide).mT)
-                    scores = torch._softmax_backward_data(scores, shares, -1, wide).to(q.dtype)
+                    scores = torch.ops.aten._softmax_backward_data(scores, shares, -1, wide).to(q.dtype)
                     _add_product(grad_v[:, seen], shares.to(q.dtype).mT, back)
                     _add_product(grad_k[:, seen], scores.mT, rows)
                     torch.mul(torch.bmm(scores, keys).view(h, -1, d), d**-0.5, out=grads[0][i, :, queries])
