@@ -72,6 +72,8 @@ class Rule:
         """The scaled gradient in the dtype of `out`: written there, or in place where it has that dtype already."""
         if gradient.dtype == out.dtype:
             return gradient if self.gradient_scale == 1.0 else gradient.mul_(self.gradient_scale)
+        if out.device.type == "cpu":  # there one pass over two dtypes is slower than two over one
+            return out.copy_(gradient).mul_(self.gradient_scale)
         # By a tensor that is no scalar: the product is then one pass, made in the wider dtype.
         scale = torch.full((1,), self.gradient_scale, dtype=out.dtype, device=out.device)
         return torch.mul(gradient, scale, out=out)
