@@ -23,6 +23,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from shardwright.comm.process import GIVES_WAY, keep_freed_memory, transport_threads
+from shardwright.plan.machine import num_cores
+
 RECORDS = Path(__file__).parent / "records"
 
 COMPARED = 3
@@ -75,8 +78,6 @@ def _join(rank: int, world: int, store: str) -> None:
     """What every rank of every case does first."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    from shardwright.comm.process import keep_freed_memory
-
     keep_freed_memory()  # for every case alike: the peers gain from it as well
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
 
@@ -88,17 +89,20 @@ def _leave() -> None:
     os._exit(0)
 
 
-def _schedule(case: Case) -> None:
+def _schedule(case: Case, world: int) -> None:
     """Let all threads of this process be scheduled as the case's would be."""
     policy = os.SCHED_BATCH if case.batch else os.SCHED_OTHER
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it has ended since
             os.sched_setscheduler(int(thread), policy, os.sched_param(0))
+    if world > num_cores():
+        for thread in transport_threads():  # without the privilege to go back to 0 this ends with an error
+            os.setpriority(os.PRIO_PROCESS, thread, GIVES_WAY if case.batch else 0)
 
 
-def _seconds(case: Case, step: Step, indices: Sequence[int]) -> float:
+def _seconds(case: Case, step: Step, indices: Sequence[int], world: int) -> float:
     """Mean seconds of these steps."""
-    _schedule(case)
+    _schedule(case, world)
     dist.barrier()
     began = time.perf_counter()
     returned = [step(index) for index in indices]
@@ -115,7 +119,7 @@ def _rank(rank: int, world: int, store: str, cases: Sequence[Case], rounds: int,
         order = range(len(cases)) if index % 2 else reversed(range(len(cases)))
         for i in order:
             numbers = range(COMPARED + index * steps, COMPARED + (index + 1) * steps)
-            seconds = _seconds(cases[i], made[cases[i].name], numbers)
+            seconds = _seconds(cases[i], made[cases[i].name], numbers, world)
             if index:
                 results[i].seconds.append(seconds)
         if rank == 0 and sys.stderr.isatty():

@@ -19,6 +19,7 @@ from shardwright.comm.folder import RunFolder
 from shardwright.comm.job import Job, found_job
 from shardwright.comm.worker import attend
 from shardwright.errors import RunError
+from shardwright.plan.machine import num_cores
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -100,9 +101,8 @@ def _is_ignored(number: signal.Signals) -> bool:
 @contextmanager
 def _environment(job: Job) -> Iterator[None]:
     """The environment that the ranks inherit: threads that share the cores, and sockets on the loopback alone."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings = {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // job.world_size))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, num_cores() // job.world_size))),
         "GLOO_SOCKET_IFNAME": LOOPBACK,  # else gloo listens where the host's name resolves to
         "NCCL_SOCKET_IFNAME": f"={LOOPBACK}",  # "=": this interface, not every one whose name begins so
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "",  # the agent would replace our handlers by ones that raise

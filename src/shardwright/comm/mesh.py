@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
@@ -60,11 +60,12 @@ class Groups:
 
     Every rank must ask for the groups that it is in, in the same order as its fellow members. Members of a gloo group
     must have made equally many before (torch 2.13 numbers them by a counter in each process, and hangs otherwise), as
-    they have where meshes cover the whole world and each rank is in one group of every axis.
+    they have where meshes cover the whole world and each rank is in one group of every axis. `when_made` follows each.
     """
 
     def __init__(self, timeout: timedelta | None = None) -> None:
         self._timeout = timeout
+        self.when_made: Callable[[], None] = lambda: None
         self._made: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
 
     def get(self, ranks: tuple[int, ...], purpose: str = "") -> dist.ProcessGroup:
@@ -74,6 +75,7 @@ class Groups:
             group = dist.new_group(list(ranks), timeout=self._timeout, use_local_synchronization=True)
             assert isinstance(group, dist.ProcessGroup)
             self._made[ranks, purpose] = group
+            self.when_made()
         return self._made[ranks, purpose]
 
 

@@ -21,13 +21,14 @@ from shardwright.comm.board import Board
 from shardwright.comm.cause import Cause
 from shardwright.comm.job import Job, Place, Source
 from shardwright.comm.mesh import Groups, Mesh
-from shardwright.comm.process import keep_freed_memory, run_as_batch
+from shardwright.comm.process import give_way_in_transport, keep_freed_memory, run_as_batch
 from shardwright.comm.stop import StopRequest, follow_parent, leave_now, listening
 from shardwright.comm.store import Store, world_store
 from shardwright.comm.watch import MARGIN, StreamWhereabouts, Watch
 from shardwright.comm.whereabouts import SIZE, Page, Whereabouts
 from shardwright.errors import RunError, ShardwrightError
 from shardwright.layout.mesh import Topology
+from shardwright.plan.machine import num_cores
 from shardwright.units import Seconds
 
 JOINING = Seconds(60.0)  # ranks may be this late to join each other, also where collectives have less time
@@ -77,6 +78,8 @@ def joined(place: Place, job: Job, stop: StopRequest, store: Store, whereabouts:
     )
     is_local = place.source is Source.LOCAL
     groups = Groups(timedelta(seconds=timeout))  # else they would have torch's default
+    if backend == "gloo" and place.local_world_size > num_cores():
+        groups.when_made = give_way_in_transport
     whereabouts.begin("prepare")
     yield Worker(
         place.rank, place.local_rank, place.world_size, own, stop, is_local, place.attempt, whereabouts, groups
