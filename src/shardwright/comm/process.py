@@ -63,6 +63,6 @@ def transport_threads() -> list[int]:
 def give_way_in_transport() -> None:
     """Lower the priority of the threads that gloo has by now."""
     for thread in transport_threads():
-        with suppress(ProcessLookupError):
+        with suppress(OSError):  # it has ended since, or a sandbox forbids it
             if os.getpriority(os.PRIO_PROCESS, thread) < GIVES_WAY:
                 os.setpriority(os.PRIO_PROCESS, thread, GIVES_WAY)
