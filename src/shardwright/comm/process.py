@@ -23,7 +23,7 @@ from pathlib import Path
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 GIVES_WAY = 10
-"""The niceness of gloo's threads where ranks share cores: of 5, 10 and 19 the fastest (docs/performance.md)."""
+"""The niceness of gloo's threads where ranks share cores: 5, 10 and 19 bring the same (docs/performance.md)."""
 
 
 def keep_freed_memory() -> bool:
