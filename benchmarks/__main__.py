@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from benchmarks.document import update
 from benchmarks.harness import Case, check_losses, peaks, race, table, write_record
@@ -49,8 +50,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=1, help="steps a case takes in each round")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--all-as-batch", action="store_true", help="peers as a batch job too; not to be recorded")
     parser.add_argument("--record", action="store_true", help="keep the figures, and put them into the documentation")
     arguments = parser.parse_args()
+    if arguments.all_as_batch and arguments.record:
+        parser.error("--all-as-batch: records are of peers as their users start them; leave one of the two out")
     if not deepspeed.available():
         print("DeepSpeed is not installed and takes no part: pip install 'shardwright[bench]'", file=sys.stderr)
     settings = [Setting(model, dtype) for model in arguments.model for dtype in arguments.dtype]
@@ -66,6 +70,8 @@ def main() -> None:
 
 def _run(setting: Setting, found: Race, arguments: argparse.Namespace) -> None:
     cases, world = chosen(found.cases, arguments.case), found.world
+    if arguments.all_as_batch:
+        cases = [replace(case, batch=True) for case in cases]
     print(f"## {setting.model}, {setting.dtype}: {found.title}\n", flush=True)
     results = race(cases, world=world, rounds=arguments.rounds, steps=arguments.steps)
     print(f"{check_losses(results, SAME[setting.dtype])}\n", flush=True)

@@ -12,10 +12,12 @@ import platform
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,9 @@ Step = Callable[[int], float]
 @dataclass(frozen=True)
 class Case:
     """One contender: `make(rank, world)` builds it in a rank. `precision` states parameters, gradients, reduction and
-    masters; `peers` and `ceiling` name the cases that it is compared with. `batch`: its turns are a batch job's, as
-    Shardwright's ranks are (`comm/process.py`); peers are scheduled as their users' processes are. A `bound` trains
+    masters; `peers` and `ceiling` name the cases that it is compared with. `batch`: its turns are a batch job's, in
+    which gloo's threads give way where ranks share cores, as in Shardwright's ranks (`comm/process.py`); peers are
+    scheduled as their users' processes are. A `bound` trains
     nothing: its loss says nothing. The step of a `modelled` case returns, instead of a loss, the seconds that a step
     would take, worked out from what it measured."""
 
@@ -89,14 +92,32 @@ def _leave() -> None:
     os._exit(0)
 
 
+@cache
+def _may_raise_priorities() -> bool:
+    """Whether a thread's priority can be put back where it was; if not, it is lowered for nobody."""
+
+    def lower_and_raise() -> None:
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, GIVES_WAY)
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, 0)
+        found.append(os.getpriority(os.PRIO_PROCESS, thread) == 0)
+
+    found: list[bool] = []
+    trial = threading.Thread(target=lower_and_raise)
+    trial.start()
+    trial.join()
+    return found == [True]
+
+
 def _schedule(case: Case, world: int) -> None:
     """Let all threads of this process be scheduled as the case's would be."""
     policy = os.SCHED_BATCH if case.batch else os.SCHED_OTHER
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it has ended since
             os.sched_setscheduler(int(thread), policy, os.sched_param(0))
-    if world > num_cores():
-        for thread in transport_threads():  # without the privilege to go back to 0 this ends with an error
+    if world > num_cores() and _may_raise_priorities():
+        for thread in transport_threads():
             os.setpriority(os.PRIO_PROCESS, thread, GIVES_WAY if case.batch else 0)
 
 

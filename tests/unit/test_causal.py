@@ -10,8 +10,15 @@ from torch.nn import functional as F
 from shardwright.nn import causal
 from shardwright.nn.causal import _Tiled, attend
 
-SHAPES = [(2, 4, 4, 130, 16), (1, 6, 2, 128, 8), (3, 2, 1, 65, 64), (2, 4, 4, 30, 4)]
-"""B, H, K, T, D: lengths that tiles divide and do not, groups of query heads, less than a tile."""
+SHAPES = [
+    (2, 4, 4, 130, 16),
+    (1, 6, 2, 128, 8),
+    (3, 2, 1, 65, 64),
+    (2, 4, 4, 30, 4),
+    (1, 2, 2, 300, 8),
+    (1, 6, 3, 515, 8),
+]
+"""B, H, K, T, D: lengths that tiles of every size divide and do not, groups of query heads, less than a tile."""
 
 
 def made(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> tuple[list[Tensor], Tensor]:
@@ -42,6 +49,16 @@ def test_tiles_are_torchs_attention(shape: tuple[int, ...], dtype: torch.dtype, 
     for own, theirs in zip(tiled(parts, grad), torchs(parts, grad), strict=True):
         assert own.dtype == dtype
         assert (own.double() - theirs).abs().max() <= bar * theirs.abs().max()
+
+
+def test_heads_are_computed_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, grad = made((2, 6, 3, 150, 8), torch.float64)
+    whole = tiled(parts, grad)
+    monkeypatch.setattr(causal, "_MOST_SCORES", 2 * 2 * 128 * 150)  # two of the three key-value heads, then one
+    groups = [(asking, asked) for _, asking, asked in causal._groups(parts[0], parts[1])]
+    assert groups == [(slice(0, 4), slice(0, 2)), (slice(4, 6), slice(2, 3))] * 2
+    for own, theirs in zip(tiled(parts, grad), whole, strict=True):
+        assert torch.allclose(own, theirs, rtol=0, atol=1e-14)
 
 
 def test_scores_far_apart_are_finite_and_right() -> None:

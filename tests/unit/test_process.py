@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from shardwright.comm.job import Place, Source
+from shardwright.comm.worker import _more_than_cores
+
 PROGRAM = """
 import os, threading
 from shardwright.comm.process import run_as_batch
@@ -45,3 +48,16 @@ dist.destroy_process_group()
 def test_the_threads_of_a_group_give_way(tmp_path: Path) -> None:
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run([sys.executable, "-c", GROUP, str(tmp_path / "store")], check=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("machine", "own", "ranks", "shares"), [(2, 2, 8, True), (8, 8, 8, False), (32, 4, 8, False), (2, 2, 2, False)]
+)
+def test_ranks_share_cores_where_they_are_more(
+    machine: int, own: int, ranks: int, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where each is bound to some of the machine's."""
+    monkeypatch.setattr("shardwright.comm.worker.num_cores", lambda: own)
+    monkeypatch.setattr("os.cpu_count", lambda: machine)
+    place = Place(rank=0, world_size=ranks, local_rank=0, local_world_size=ranks, source=Source.SRUN)
+    assert _more_than_cores(place) == shares

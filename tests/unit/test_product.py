@@ -8,12 +8,13 @@ import torch
 from shardwright.nn import product as products
 from shardwright.nn.product import fast_products, matmul, matmul_into, product
 
-ONEDNN = torch.backends.mkldnn.is_available()
+EXACT = torch.backends.mkldnn.is_available() and products._onednn_is_exact()
+by_onednn_alone = pytest.mark.skipif(not EXACT, reason="torch has no oneDNN here, or it would round as with AMX")
 
 
-@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.skipif(not ONEDNN, reason="torch has no oneDNN"))])
+@pytest.fixture(params=[False, pytest.param(True, marks=by_onednn_alone)])
 def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether oneDNN is the faster one; it computes the same on every machine."""
+    """Whether oneDNN is the faster one."""
     monkeypatch.setattr(products, "prefers_onednn", lambda: request.param)
     return request.param
 
@@ -52,16 +53,33 @@ def test_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "prefers_onednn", lambda: True)
     setting = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = setting.fp32_precision
-    with pytest.raises(RuntimeError), fast_products():
+    with pytest.raises(RuntimeError), fast_products(torch.device("cpu")):
         assert setting.fp32_precision == "bf16"
-        torch.ones(2, 3) @ torch.ones(2, 3)
+        torch.ones(2, 3) @ torch.ones(2, 3)  # do not fit
     assert setting.fp32_precision == before
+    with fast_products(torch.device("cuda")):
+        assert setting.fp32_precision == before
 
 
+def test_what_was_inherited_is_inherited_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with fast_products(torch.device("cpu")):
+            pass
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+    finally:
+        torch.backends.fp32_precision = "none"
+
+
+@by_onednn_alone
 def test_rounded_products_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """As oneDNN would round them with AMX."""
     exact = products._onednn_is_exact.__wrapped__
     assert exact()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert exact()
     multiply = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: multiply(a.bfloat16(), b.bfloat16()).float())
     assert not exact()

@@ -23,7 +23,7 @@ from pathlib import Path
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 GIVES_WAY = 10
-"""The niceness of gloo's threads where ranks share cores: of 5, 10 and 19 the fastest (docs/performance.md)."""
+"""The niceness of gloo's threads where ranks share cores: 5, 10 and 19 bring the same (docs/performance.md)."""
 
 
 def keep_freed_memory() -> bool:
@@ -63,6 +63,6 @@ def transport_threads() -> list[int]:
 def give_way_in_transport() -> None:
     """Lower the priority of the threads that gloo has by now."""
     for thread in transport_threads():
-        with suppress(ProcessLookupError):
+        with suppress(OSError):  # it has ended since, or a sandbox forbids it
             if os.getpriority(os.PRIO_PROCESS, thread) < GIVES_WAY:
                 os.setpriority(os.PRIO_PROCESS, thread, GIVES_WAY)

@@ -78,7 +78,7 @@ def joined(place: Place, job: Job, stop: StopRequest, store: Store, whereabouts:
     )
     is_local = place.source is Source.LOCAL
     groups = Groups(timedelta(seconds=timeout))  # else they would have torch's default
-    if backend == "gloo" and place.local_world_size > num_cores():
+    if backend == "gloo" and _more_than_cores(place):
         groups.when_made = give_way_in_transport
     whereabouts.begin("prepare")
     yield Worker(
@@ -206,6 +206,15 @@ def _share_cores(place: Place) -> None:
     """Leave the other ranks of this machine their cores, unless someone has set or bound them already."""
     if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "sched_getaffinity"):
         return
-    cores = len(os.sched_getaffinity(0))
-    if cores == os.cpu_count():
-        torch.set_num_threads(max(1, cores // place.local_world_size))
+    if _unbound():
+        torch.set_num_threads(max(1, num_cores() // place.local_world_size))
+
+
+def _unbound() -> bool:
+    """Whether this rank may use all cores of the machine; srun can bind each of its tasks to some."""
+    return num_cores() == os.cpu_count()
+
+
+def _more_than_cores(place: Place) -> bool:
+    """Whether the ranks of this machine take turns on its cores."""
+    return _unbound() and place.local_world_size > num_cores()

@@ -95,7 +95,7 @@ class TensorTraffic:
                 self.tally.all_reduce(rows, TP, "tensor/shared-heads", calls)
 
     def head(self) -> None:
-        """The hidden states, three numbers of each token of a chunk, and the gradient of the hidden states."""
+        """The hidden states, two numbers of each token of a chunk, and the gradient of the hidden states."""
         s = self.s
         self._gather("tensor/output", 1)
         # Ranks must cut alike, so the chunks are those of the rank that has the most words.

@@ -22,6 +22,9 @@ from shardwright.nn.product import fast_products, prefers_onednn
 from shardwright.plan.machine import cpu_computes_bf16
 
 _SHORTEST, _LONGEST, _SMALLEST_HEAD = 128, 2048, 64
+_LARGEST_TILE = 128
+_MOST_SCORES = 1 << 20
+"""Scores of a tile that are held at once, twice in the backward: less than the logits that the loss holds."""
 
 
 @cache
@@ -43,10 +46,21 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
 def _tiles(length: int) -> Iterator[tuple[slice, slice]]:
     """(queries of a tile, the keys that some of them see): fewer, larger tiles are fewer operations; smaller ones make
     fewer scores that are masked."""
-    size = min(max(64, length // 4), 128)
+    size = min(max(64, length // 4), _LARGEST_TILE)
     for begin in range(0, length, size):
         end = min(begin + size, length)
         yield slice(begin, end), slice(0, end)
+
+
+def _groups(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice, slice]]:
+    """(sequence, query heads, key-value heads) whose scores are computed together."""
+    (b, h, t, _), kv_heads = q.shape, k.shape[1]
+    share = h // kv_heads
+    step = max(1, _MOST_SCORES // (share * _LARGEST_TILE * t))
+    for i in range(b):
+        for begin in range(0, kv_heads, step):
+            end = min(begin + step, kv_heads)
+            yield i, slice(begin * share, end * share), slice(begin, end)
 
 
 def _rows(x_HTD: Tensor, queries: slice, kv_heads: int) -> Tensor:
@@ -71,12 +85,14 @@ class _Tiled(torch.autograd.Function):
         b, h, t, d = q.shape
         out = q.new_empty(t, b, h, d).permute(1, 2, 0, 3)  # positions first, as the layers around have them
         wide = torch.promote_types(q.dtype, torch.float32)
-        with fast_products():
-            for i in range(b):
+        with fast_products(q.device):
+            for i, asking, asked in _groups(q, k):
+                q_HTD, k_KTD, v_KTD, out_HTD = q[i, asking], k[i, asked], v[i, asked], out[i, asking]
                 for queries, seen in _tiles(t):
-                    asked = _rows(q[i], queries, k.shape[1]).to(wide) * d**-0.5
-                    shares = _shares(asked, k[i, :, seen].contiguous(), queries).to(v.dtype)
-                    out[i, :, queries] = torch.bmm(shares, v[i, :, seen].contiguous()).view(h, -1, d)
+                    rows = _rows(q_HTD, queries, len(k_KTD)).to(wide) * d**-0.5
+                    shares = _shares(rows, k_KTD[:, seen].contiguous(), queries).to(v.dtype)
+                    attended = torch.bmm(shares, v_KTD[:, seen].contiguous())
+                    out_HTD[:, queries] = attended.view(len(q_HTD), -1, d)
         ctx.save_for_backward(q, k, v)
         return out
 
@@ -84,26 +100,32 @@ class _Tiled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         q, k, v = ctx.saved_tensors
-        (b, h, t, d), kv_heads = q.shape, k.shape[1]
-        wide = torch.promote_types(q.dtype, torch.float32)
-        grads = [x.new_empty(t, b, x.shape[1], d).permute(1, 2, 0, 3) for x in (q, k, v)]
-        grad_k, grad_v = (torch.empty(kv_heads, t, d, dtype=wide) for _ in (k, v))
-        with fast_products():
-            for i in range(b):
-                grad_k.zero_()
-                grad_v.zero_()
-                for queries, seen in _tiles(t):
-                    rows, back = _rows(q[i], queries, kv_heads), _rows(grad[i], queries, kv_heads)
-                    keys, values = k[i, :, seen].contiguous(), v[i, :, seen].contiguous()
-                    shares = _shares(rows.to(wide) * d**-0.5, keys, queries)
-                    scores = torch.bmm(back.to(wide), values.to(wide).mT)
-                    scores = torch.ops.aten._softmax_backward_data(scores, shares, -1, wide).to(q.dtype)
-                    _add_product(grad_v[:, seen], shares.to(q.dtype).mT, back)
-                    _add_product(grad_k[:, seen], scores.mT, rows)
-                    torch.mul(torch.bmm(scores, keys).view(h, -1, d), d**-0.5, out=grads[0][i, :, queries])
-                torch.mul(grad_k, d**-0.5, out=grads[1][i])
-                grads[2][i] = grad_v
+        grads = [x.new_empty(x.shape[2], x.shape[0], x.shape[1], x.shape[3]).permute(1, 2, 0, 3) for x in (q, k, v)]
+        with fast_products(q.device):
+            for i, asking, asked in _groups(q, k):
+                parts = (q[i, asking], k[i, asked], v[i, asked])
+                _differentiate(*parts, grad[i, asking], (grads[0][i, asking], grads[1][i, asked], grads[2][i, asked]))
         return tuple(grads)
+
+
+def _differentiate(
+    q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, grad_HTD: Tensor, grads: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Write the gradients of a group's query, key and value."""
+    (h, t, d), kv_heads = q_HTD.shape, len(k_KTD)
+    wide = torch.promote_types(q_HTD.dtype, torch.float32)
+    grad_q, grad_k, grad_v = grads[0], *(torch.zeros(kv_heads, t, d, dtype=wide) for _ in "kv")
+    for queries, seen in _tiles(t):
+        rows, back = _rows(q_HTD, queries, kv_heads), _rows(grad_HTD, queries, kv_heads)
+        keys, values = k_KTD[:, seen].contiguous(), v_KTD[:, seen].contiguous()
+        shares = _shares(rows.to(wide) * d**-0.5, keys, queries)
+        scores = torch.bmm(back.to(wide), values.to(wide).mT)
+        scores = torch.ops.aten._softmax_backward_data(scores, shares, -1, wide).to(q_HTD.dtype)
+        _add_product(grad_v[:, seen], shares.to(q_HTD.dtype).mT, back)
+        _add_product(grad_k[:, seen], scores.mT, rows)
+        torch.mul(torch.bmm(scores, keys).view(h, -1, d), d**-0.5, out=grad_q[:, queries])
+    torch.mul(grad_k, d**-0.5, out=grads[1])
+    grads[2].copy_(grad_v)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

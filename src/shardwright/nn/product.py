@@ -4,6 +4,7 @@ Note: fp32 on CPUs. torch's CPU builds compute fp32 products with MKL, which kee
 Intel's. oneDNN, which torch has for bf16, uses AVX-512 on all of them: 2.2 times as fast on an EPYC at the sizes of a
 layer (docs/performance.md). torch calls it for fp32 where it is allowed to multiply in bf16, which oneDNN does with AMX
 and nowhere else: so it is asked for where there is no AMX, once it was seen to keep fp32, and for single products.
+The setting is the process's: a thread of a user's that sets it meanwhile would be overruled.
 """
 
 from __future__ import annotations
@@ -24,20 +25,22 @@ _FEW_ROWS = 32
 
 @contextmanager
 def _onednn() -> Iterator[None]:
-    setting = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    onednn = torch.backends.mkldnn
+    setting = onednn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        # What it had from the setting above it, it goes on having from there.
+        setting.fp32_precision = "none" if before == onednn.fp32_precision else before
 
 
 @cache
 def _onednn_is_exact() -> bool:
     """Whether oneDNN's product keeps what bf16 has no bits for."""
-    with _onednn():
-        odd = torch.full((2, 64, 64), 1 + 2**-12)
+    with _onednn(), torch.autocast("cpu", enabled=False):
+        odd = torch.full((2, 64, 64), 1 + 2**-12, dtype=torch.float32, device="cpu")
         return bool(torch.allclose(odd @ odd, 64 * odd.square(), rtol=2**-20))
 
 
@@ -51,9 +54,9 @@ def prefers_onednn() -> bool:
 
 
 @contextmanager
-def fast_products() -> Iterator[None]:
-    """Within, torch's own operators multiply fp32 matrices on the CPU by the faster library; bf16 is not concerned."""
-    if torch.compiler.is_compiling() or not prefers_onednn():
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Within, torch's own operators multiply fp32 matrices on a CPU by the faster library; no others are concerned."""
+    if device.type != "cpu" or torch.compiler.is_compiling() or not prefers_onednn():
         yield
     else:
         with _onednn():
@@ -73,19 +76,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return (weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], len(weight))
     if rows <= _FEW_ROWS:
         return F.linear(x, weight, bias)
-    with fast_products():
+    with fast_products(x.device):
         return F.linear(x, weight, bias)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b, [..., m, k] and [k, n] to [..., m, n]."""
-    with fast_products():
+    with fast_products(a.device):
         return a @ b
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     """Write the product of two matrices into `out`, or add it to what is there. `out` may be of another dtype."""
-    with fast_products():
+    with fast_products(a.device):
         if out.dtype != a.dtype:
             (out.add_ if add else out.copy_)(a @ b)
         elif add:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from shardwright.comm.collectives import DONE, all_reduce
 from shardwright.nn.function import Function
 from shardwright.nn.parameters import Declaration
-from shardwright.nn.product import matmul, product
+from shardwright.nn.product import fast_products, matmul, product
 from shardwright.parallel.sink import GradientSink, sink_of
 from shardwright.parallel.tensor.region import Region
 
@@ -36,7 +36,8 @@ class _Colwise(Function):
             return product(whole, weight)
         # With a bias F.linear gives a view of its product, and autograd forbids the rotation to work in place in a view
         # that a function of one's own returns.
-        y = torch.addmm(bias, whole.flatten(0, -2), weight.T)
+        with fast_products(whole.device):
+            y = torch.addmm(bias, whole.flatten(0, -2), weight.T)
         return torch.ops.aten._unsafe_view(y, (*whole.shape[:-1], len(weight)))
 
     @staticmethod
