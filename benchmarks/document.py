@@ -29,8 +29,11 @@ PAIRS = [
     ("zero-2", "zero-2", "FSDP2, no resharding"),
     ("zero-3", "zero-3", "FSDP2"),
     ("tp", "tp = 2, sequence parallel", "parallelize_module"),
+    ("tp", "tp = 2, sequence parallel", "parallelize_module, masters"),
     ("tp", "tp = 2, all-reduce form", "parallelize_module"),
+    ("tp", "tp = 2, all-reduce form", "parallelize_module, masters"),
     ("pp", "1f1b, 5 + 3|1f1b, 7 + 5", "torch 1f1b, 4 + 4|torch 1f1b, 6 + 6"),
+    ("pp", "1f1b, 5 + 3|1f1b, 7 + 5", "torch 1f1b, 4 + 4, masters|torch 1f1b, 6 + 6, masters"),
     ("pp", "zb-h1, 5 + 3|zb-h1, 7 + 5", "torch 1f1b, 4 + 4|torch 1f1b, 6 + 6"),
     ("3d", "2 x 2 x 2, zero = 1", "FSDP2 + parallelize_module + Schedule1F1B"),
 ]

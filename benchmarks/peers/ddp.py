@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.harness import Step
 from benchmarks.peers.plain import Llama
-from benchmarks.peers.training import adamw, microbatches, plain_llama, summed
+from benchmarks.peers.training import Masters, adamw, microbatches, plain_llama, summed
 from shardwright.nn.dtypes import torch_dtype
 from shardwright.plan.plan import Plan
 
@@ -31,23 +31,19 @@ def ddp(
     updated in fp32 copies kept beside the model, by hand, for DDP keeps none."""
     train = plan.spec.train
     model = plain_llama(plan, dtype, kind)
-    copies = [nn.Parameter(p.detach().clone()) for p in model.parameters()] if masters else []
-    for copy in copies:
-        copy.grad = torch.empty_like(copy)
+    kept = Masters(model) if masters else None
     model.to(torch_dtype(dtype))
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=plan.num_microbatches == 1)
-    parameters = list(model.parameters())
-    updated = copies or parameters
+    updated = kept.copies if kept else list(model.parameters())
     optimizer = adamw(updated, train)
 
-    @torch.no_grad()
     def update() -> None:
-        if masters:
-            torch._foreach_copy_([copy.grad for copy in copies], [p.grad for p in parameters])
+        if kept:
+            kept.take_gradients()
         nn.utils.clip_grad_norm_(updated, train.max_grad_norm, foreach=True)
         optimizer.step()
-        if masters:
-            torch._foreach_copy_(parameters, copies)
+        if kept:
+            kept.give_values()
         model.zero_grad(set_to_none=True)
 
     def step(index: int) -> float:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Step
 from benchmarks.peers.llama import Block, register_rotations
-from benchmarks.peers.training import adamw, start
+from benchmarks.peers.training import Masters, adamw, start
 from shardwright.data.samples import RandomSamples
 from shardwright.nn.dtypes import torch_dtype
 from shardwright.plan.plan import Plan
@@ -62,11 +62,15 @@ def _loss(logits: Tensor, targets: Tensor, *, num_targets: int) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / num_targets
 
 
-def _stage(plan: Plan, split: Sequence[int], index: int, dtype: torch.dtype) -> PipelineStage:
+def _stage(
+    plan: Plan, split: Sequence[int], index: int, dtype: torch.dtype, masters: list[Masters] | None
+) -> PipelineStage:
     a, length, size = plan.architecture, plan.sequence_length, plan.spec.train.micro_batch_size
     first = sum(split[:index])
     module = LlamaStage(a, length, first, first + split[index])
     start(module, plan)  # by name, so that every split begins with the same model
+    if masters is not None:
+        masters.append(Masters(module))
     module.to(dtype)
     tokens = torch.empty(size, length, dtype=torch.int64, device="meta")
     hidden = torch.empty(size, length, a.hidden, dtype=dtype, device="meta", requires_grad=True)
@@ -90,19 +94,23 @@ def _clip(parameters: Sequence[nn.Parameter], losses: Sequence[Tensor], most: fl
     return float(scalars[1])
 
 
-def torch_pipeline(rank: int, world: int, *, plan: Plan, schedule: str, split: Sequence[int], dtype: str) -> Step:
+def torch_pipeline(
+    rank: int, world: int, *, plan: Plan, schedule: str, split: Sequence[int], dtype: str, masters: bool = False
+) -> Step:
     """A training step of a torch schedule; `split` counts the layers of each stage, several per rank where they are
-    more than the ranks. One dtype throughout."""
+    more than the ranks. One dtype throughout unless `masters` are kept."""
     indices = [index for index in range(len(split)) if index % world == rank]
     if schedule == "zbv":
         indices = [rank, 2 * world - 1 - rank]
-    stages = [_stage(plan, split, index, torch_dtype(dtype)) for index in indices]
+    kept: list[Masters] = []
+    stages = [_stage(plan, split, index, torch_dtype(dtype), kept if masters else None) for index in indices]
     size, length = plan.spec.train.global_batch_size, plan.sequence_length
     loss = partial(_loss, num_targets=size * length)
     options = {"n_microbatches": plan.num_microbatches, "loss_fn": loss, "scale_grads": False}
     runner = SINGLE[schedule](stages[0], **options) if schedule in SINGLE else MULTI[schedule](stages, **options)
     parameters = [p for stage in stages for p in stage.submod.parameters()]
-    optimizer = adamw(parameters, plan.spec.train)
+    updated = [copy for one in kept for copy in one.copies] if masters else parameters
+    optimizer = adamw(updated, plan.spec.train)
     samples = RandomSamples(plan.architecture.vocab, length, 0)
 
     def step(index: int) -> float:
@@ -111,9 +119,14 @@ def torch_pipeline(rank: int, world: int, *, plan: Plan, schedule: str, split: S
         targets = torch.from_numpy(batch.targets) if len(split) - 1 in indices else None
         losses: list[Tensor] = []
         runner.step(*inputs, target=targets, losses=losses, return_outputs=False)
-        total = _clip(parameters, losses, plan.spec.train.max_grad_norm)
+        for one in kept:
+            one.take_gradients()
+        total = _clip(updated, losses, plan.spec.train.max_grad_norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for one in kept:
+            one.give_values()
+        for stage in stages:
+            stage.submod.zero_grad(set_to_none=True)
         return total
 
     return step

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Step
 from benchmarks.peers.llama import Llama
-from benchmarks.peers.training import adamw, microbatches, start
+from benchmarks.peers.training import Masters, adamw, microbatches, start
 from shardwright.nn.dtypes import torch_dtype
 from shardwright.plan.plan import Plan
 
@@ -55,14 +55,16 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, local_logits: bool = Fals
         parallelize_module(layer, mesh, inner)
 
 
-def torch_tensor_parallel(rank: int, world: int, *, plan: Plan, dtype: str) -> Step:
-    """A training step in one dtype throughout; every rank sees the whole batch."""
+def torch_tensor_parallel(rank: int, world: int, *, plan: Plan, dtype: str, masters: bool = False) -> Step:
+    """A training step, in one dtype throughout unless `masters` are kept; every rank sees the whole batch."""
     train = plan.spec.train
     model = Llama(plan.architecture, plan.sequence_length)
     start(model, plan)
-    model.to(torch_dtype(dtype))
     parallelize(model, init_device_mesh("cpu", (world,), mesh_dim_names=("tp",)))
-    optimizer = adamw(model.parameters(), train)
+    kept = Masters(model) if masters else None
+    model.to(torch_dtype(dtype))
+    updated = kept.copies if kept else list(model.parameters())
+    optimizer = adamw(updated, train)
 
     def step(index: int) -> float:
         total = torch.zeros(())
@@ -72,9 +74,13 @@ def torch_tensor_parallel(rank: int, world: int, *, plan: Plan, dtype: str) -> S
                 loss = F.cross_entropy(logits, targets.flatten(), reduction="sum") / plan.tokens_per_step
                 loss.backward()
             total += loss.detach().full_tensor() if isinstance(loss, DTensor) else loss.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm, foreach=True)
+        if kept:
+            kept.take_gradients()
+        nn.utils.clip_grad_norm_(updated, train.max_grad_norm, foreach=True)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if kept:
+            kept.give_values()
+        model.zero_grad(set_to_none=True)
         return float(total)
 
     return step

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from benchmarks.peers.plain import Llama, starting_values
 from shardwright.data.samples import RandomSamples
@@ -56,6 +57,36 @@ def adamw(parameters: Iterable[nn.Parameter], train: TrainSpec) -> torch.optim.A
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=train.lr, betas=(train.betas[0], train.betas[1]), eps=train.eps, fused=True)
+
+
+def _local(tensor: Tensor, like: Tensor) -> Tensor:
+    """A rank's part of a tensor, as `like` is divided."""
+    if isinstance(tensor, DTensor) and isinstance(like, DTensor):
+        return tensor.redistribute(placements=like.placements).to_local()
+    return tensor
+
+
+class Masters:
+    """fp32 copies of parameters, kept beside a model by hand: made before the model goes to bf16, updated in the place
+    of its parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.copies = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
+        for copy in self.copies:
+            copy.grad = torch.empty_like(copy)
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        """Those of the model, in fp32."""
+        pairs = list(zip(self.copies, self._model.parameters(), strict=True))
+        torch._foreach_copy_([_local(c.grad, c) for c, _ in pairs], [_local(p.grad, p) for _, p in pairs])
+
+    @torch.no_grad()
+    def give_values(self) -> None:
+        """To the model, in its dtype."""
+        pairs = list(zip(self._model.parameters(), self.copies, strict=True))
+        torch._foreach_copy_([_local(p, p) for p, _ in pairs], [_local(c, c) for _, c in pairs])
 
 
 def summed(loss: Tensor) -> float:

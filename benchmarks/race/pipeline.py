@@ -48,12 +48,15 @@ def races(setting: Setting) -> list[Race]:
             make = partial(torch_pipeline, plan=balanced, schedule=schedule, split=split, dtype=setting.dtype)
             name = f"torch {schedule}, {_shown(split)}"
             peers[name] = Case(name, setting.precision(masters=False), make)
+    first, with_masters, ours = f"torch 1f1b, {_shown(even)}", f"torch 1f1b, {_shown(even)}, masters", {}
+    if setting.dtype == "bf16":
+        make = partial(torch_pipeline, plan=balanced, schedule="1f1b", split=even, dtype=setting.dtype, masters=True)
+        peers[with_masters] = Case(with_masters, setting.precision(), make)
     plans = [_plan(setting, "1f1b", even), *(_plan(setting, s) for s in ("1f1b", "gpipe", "zb-h1"))]
     plans += [_plan(setting, schedule) for schedule in ("interleaved", "zbv")]
-    first, ours = f"torch 1f1b, {_shown(even)}", {}
     for plan in plans:
         title = f"{plan.spec.parallel.pipeline_schedule}, {_shown(plan.layers_per_stage)}"
-        beside = tuple(dict.fromkeys([f"torch {title}", first]))
+        beside = tuple(name for name in dict.fromkeys([f"torch {title}", first, with_masters]) if name in peers)
         make = partial(shardwright, plan=plan)
         ours[title] = Case(title, setting.precision(), make, beside, CEILING, batch=True)
     top = Case(CEILING, setting.precision(), partial(ceiling, plan=balanced), batch=True, modelled=True, bound=True)
