@@ -32,8 +32,12 @@ def races(setting: Setting) -> list[Race]:
 
 
 def chosen(cases: Sequence[Case], parts: Sequence[str]) -> list[Case]:
-    """The cases whose names hold one of these, all without any."""
-    return [case for case in cases if not parts or any(part in case.name for part in parts)]
+    """The cases whose names hold one of these, or end in it where it ends in $; all without any."""
+
+    def holds(name: str, part: str) -> bool:
+        return name.endswith(part[:-1]) if part.endswith("$") else part in name
+
+    return [case for case in cases if not parts or any(holds(case.name, part) for part in parts)]
 
 
 def main() -> None:
@@ -46,7 +50,9 @@ def main() -> None:
     # Without units for it bf16 is many times slower than fp32.
     native = ["fp32", "bf16"] if cpu_computes_bf16() else ["fp32"]
     parser.add_argument("--dtype", nargs="+", default=native, choices=["fp32", "bf16"])
-    parser.add_argument("--case", nargs="+", default=[], metavar="PART", help="cases whose names hold one of these")
+    parser.add_argument(
+        "--case", nargs="+", default=[], metavar="PART", help="cases whose names hold one of these (end in it: PART$)"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=1, help="steps a case takes in each round")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")

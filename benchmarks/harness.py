@@ -26,12 +26,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from shardwright.comm.process import GIVES_WAY, keep_freed_memory, transport_threads
-from shardwright.plan.machine import num_cores
+from shardwright.plan.machine import available_memory, num_cores
 
 RECORDS = Path(__file__).parent / "records"
 
 COMPARED = 3
 """First steps of which the losses are compared."""
+
+LEFT_FREE = 1 << 30
+FEWER = "all cases of a race live at once, so race fewer at a time (--case)"
 
 Step = Callable[[int], float]
 """Runs one training step on this rank's part of global batch i, and returns the loss."""
@@ -134,7 +137,11 @@ def _seconds(case: Case, step: Step, indices: Sequence[int], world: int) -> floa
 def _rank(rank: int, world: int, store: str, cases: Sequence[Case], rounds: int, steps: int, out: str) -> None:
     _join(rank, world, store)
     made = {case.name: case.make(rank, world) for case in cases}
-    losses = {case.name: [made[case.name](index) for index in range(COMPARED)] for case in cases}
+    losses = {}
+    for case in cases:
+        losses[case.name] = [made[case.name](index) for index in range(COMPARED)]
+        if (left := available_memory()) is not None and left < LEFT_FREE:  # it would crawl before it failed
+            raise SystemExit(f"error: {left / 1e6:.0f} MB of memory are left with {case.name}: {FEWER}")
     results = [Result(c.name, c.precision, c.peers, c.ceiling, [] if c.bound else losses[c.name]) for c in cases]
     for index in range(rounds + 1):  # the first round warms up
         order = range(len(cases)) if index % 2 else reversed(range(len(cases)))
@@ -154,7 +161,10 @@ def race(cases: Sequence[Case], *, world: int, rounds: int, steps: int) -> list[
     """Time every case in turn, `rounds` times, `steps` steps each time, on `world` processes of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/results.json"
-        mp.spawn(_rank, (world, f"{folder}/store", list(cases), rounds, steps, out), nprocs=world)  # type: ignore[no-untyped-call]
+        try:
+            mp.spawn(_rank, (world, f"{folder}/store", list(cases), rounds, steps, out), nprocs=world)  # type: ignore[no-untyped-call]
+        except mp.ProcessExitedException as ended:  # it has told why
+            raise SystemExit(ended.exit_code) from None
         return [Result(**row | {"peers": tuple(row["peers"])}) for row in json.loads(Path(out).read_text())]
 
 

@@ -1,5 +1,6 @@
 """pp x dp x tp as torchtitan composes them: tensor parallelism with sequence parallelism inside each stage, FSDP2 over
-it without resharding after the forward, and 1F1B between the stages.
+it without resharding after the forward, and 1F1B between the stages. Asynchronous gathers make no difference without
+resharding (see peers/fsdp2.py).
 
 Between stages hidden states travel as each rank's part of the sequence, [B, T / tp, C]; logits stay divided by words.
 """
