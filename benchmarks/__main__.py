@@ -68,10 +68,17 @@ def main() -> None:
     found = [(setting, one) for setting, one in found if chosen(one.cases, arguments.case)]
     if not found:
         parser.error(f"--case: no case of {', '.join(arguments.race)} has one of these in its name: {arguments.case}")
+    failed = []
     for setting, one in found:
-        _run(setting, one, arguments)
+        try:
+            _run(setting, one, arguments)
+        except SystemExit as ended:  # the others can be run all the same
+            print(ended.code if isinstance(ended.code, str) else "", file=sys.stderr)
+            failed.append(f"{one.name} of {setting.model} in {setting.dtype}")
     if arguments.record:
         update()
+    if failed:
+        raise SystemExit(f"error: without a result: {', '.join(failed)}")
 
 
 def _run(setting: Setting, found: Race, arguments: argparse.Namespace) -> None:
