@@ -3,8 +3,9 @@
     python -m benchmarks [--race zero-0 tp ...] [--model small-25m] [--dtype fp32 bf16] [--rounds 9] [--record]
 
 Races: zero-0, zero-1, zero-2, zero-3, tp, pp, 3d. Every case starts from the same values and trains on the same tokens,
-clips by the global norm and updates with fused AdamW; the first losses are compared. Peak memory is measured apart,
-each case in fresh processes. DeepSpeed takes part where it is installed: pip install 'shardwright[bench]'.
+clips by the global norm and updates with fused AdamW; the first losses are compared. Peak memory is measured first,
+each case in fresh processes; where memory does not hold all cases at once, they are raced in groups. DeepSpeed takes
+part where it is installed: pip install 'shardwright[bench]'.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.document import update
-from benchmarks.harness import Case, check_losses, peaks, race, table, write_record
+from benchmarks.grouping import grouped, takes
+from benchmarks.harness import LEFT_FREE, Case, Peak, check_losses, peaks, race, table, write_record
 from benchmarks.peers import deepspeed
 from benchmarks.race import data, pipeline, tensor, three_d
 from benchmarks.race.setting import MODELS, Race, Setting
-from shardwright.plan.machine import cpu_computes_bf16
+from shardwright.plan.machine import available_memory, cpu_computes_bf16
+from shardwright.units import Bytes
 
 NAMES = ("zero-0", "zero-1", "zero-2", "zero-3", "tp", "pp", "3d")
 SAME = {"fp32": 1e-5, "bf16": 3e-4}
@@ -55,7 +58,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=1, help="steps a case takes in each round")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory; all cases live at once")
     parser.add_argument("--all-as-batch", action="store_true", help="peers as a batch job too; not to be recorded")
     parser.add_argument("--record", action="store_true", help="keep the figures, and put them into the documentation")
     arguments = parser.parse_args()
@@ -81,14 +84,23 @@ def main() -> None:
         raise SystemExit(f"error: without a result: {', '.join(failed)}")
 
 
+def _room(memory: Sequence[Peak]) -> Bytes | None:
+    """Bytes for all cases of a race, beside what its ranks have without them."""
+    available = available_memory()
+    return None if available is None else Bytes(available - LEFT_FREE - max(sum(found.before) for found in memory))
+
+
 def _run(setting: Setting, found: Race, arguments: argparse.Namespace) -> None:
     cases, world = chosen(found.cases, arguments.case), found.world
     if arguments.all_as_batch:
         cases = [replace(case, batch=True) for case in cases]
     print(f"## {setting.model}, {setting.dtype}: {found.title}\n", flush=True)
-    results = race(cases, world=world, rounds=arguments.rounds, steps=arguments.steps)
-    print(f"{check_losses(results, SAME[setting.dtype])}\n", flush=True)
     measured = [] if arguments.no_memory else peaks([case for case in cases if not case.bound], world=world)
+    groups = grouped(cases, takes(cases, measured), _room(measured)) if measured else [cases]
+    results = []
+    for number, group in enumerate(groups):
+        results += race(group, world=world, rounds=arguments.rounds, steps=arguments.steps, group=number)
+    print(f"{check_losses(results, SAME[setting.dtype])}\n", flush=True)
     print(table(results, found.tokens, measured), end="\n\n", flush=True)
     if arguments.record:
         options = f"--race {found.name} --model {setting.model} --dtype {setting.dtype}"

@@ -34,7 +34,9 @@ COMPARED = 3
 """First steps of which the losses are compared."""
 
 LEFT_FREE = 1 << 30
-FEWER = "all cases of a race live at once, so race fewer at a time (--case)"
+FEWER = "all cases that take turns live at once, so race fewer at a time (--case)"
+
+Quartiles = tuple[float, float, float]
 
 Step = Callable[[int], float]
 """Runs one training step on this rank's part of global batch i, and returns the loss."""
@@ -61,7 +63,8 @@ class Case:
 
 @dataclass
 class Result:
-    """Seconds per step by round, on the slowest rank, and the first losses, which must be alike for all cases."""
+    """Seconds per step by round, on the slowest rank, and the first losses, which must be alike for all cases. Rounds
+    of one `group` took place together, and those alone are compared."""
 
     name: str
     precision: str
@@ -69,6 +72,7 @@ class Result:
     ceiling: str
     losses: list[float]
     seconds: list[float] = field(default_factory=list)
+    group: int = 0
 
 
 @dataclass
@@ -157,7 +161,7 @@ def _rank(rank: int, world: int, store: str, cases: Sequence[Case], rounds: int,
     _leave()
 
 
-def race(cases: Sequence[Case], *, world: int, rounds: int, steps: int) -> list[Result]:
+def race(cases: Sequence[Case], *, world: int, rounds: int, steps: int, group: int = 0) -> list[Result]:
     """Time every case in turn, `rounds` times, `steps` steps each time, on `world` processes of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/results.json"
@@ -165,7 +169,8 @@ def race(cases: Sequence[Case], *, world: int, rounds: int, steps: int) -> list[
             mp.spawn(_rank, (world, f"{folder}/store", list(cases), rounds, steps, out), nprocs=world)  # type: ignore[no-untyped-call]
         except mp.ProcessExitedException as ended:  # it has told why
             raise SystemExit(ended.exit_code) from None
-        return [Result(**row | {"peers": tuple(row["peers"])}) for row in json.loads(Path(out).read_text())]
+        found = json.loads(Path(out).read_text())
+        return [Result(**row | {"peers": tuple(row["peers"]), "group": group}) for row in found]
 
 
 def _resident(field_name: str) -> int:
@@ -196,7 +201,7 @@ def peaks(cases: Sequence[Case], *, world: int, steps: int = 2) -> list[Peak]:
     return found
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+def quartiles(values: Sequence[float]) -> Quartiles:
     """First quartile, median, third quartile."""
     if len(values) < 2:
         return (values[0],) * 3
@@ -204,31 +209,40 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def against(result: Result, other: Result) -> tuple[float, float, float]:
+def against(result: Result, other: Result) -> Quartiles:
     """Quartiles of how many times faster one case is than another, round by round."""
     return quartiles([theirs / ours for ours, theirs in zip(result.seconds, other.seconds, strict=True)])
 
 
-def shown(quotient: tuple[float, float, float]) -> str:
+def _compared(result: Result, results: Sequence[Result]) -> tuple[dict[str, Quartiles], Quartiles | None]:
+    """How many times faster a case is than each of its peers that took turns with it, and than its ceiling."""
+    named = {other.name: other for other in results if other.group == result.group}
+    top = named.get(result.ceiling)
+    return {p: against(result, named[p]) for p in result.peers if p in named}, against(result, top) if top else None
+
+
+def shown(quotient: Quartiles) -> str:
     """A median with its quartiles."""
     return f"**{quotient[1]:.2f}** ({quotient[0]:.2f} to {quotient[2]:.2f})"
 
 
 def table(results: Sequence[Result], tokens_per_step: int, memory: Sequence[Peak] = ()) -> str:
     """Medians with quartiles, ratios by pairs, and the most memory of any rank, as a Markdown table."""
-    named, peak = {result.name: result for result in results}, {found.name: max(found.peak) for found in memory}
+    peak = {found.name: max(found.peak) for found in memory}
     heads = ["case", "parameters / gradients / reduced in / masters", "ms a step (quartiles)", "tokens/s"]
     heads += ["times as fast as", "of its ceiling", *(["most resident, MB"] if memory else [])]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for result in results:
         low, middle, high = quartiles(result.seconds)
-        pairs = [f"{shown(against(result, named[name]))} {name}" for name in result.peers if name in named]
-        top = named.get(result.ceiling)
+        beside, top = _compared(result, results)
+        pairs = [f"{shown(quotient)} {name}" for name, quotient in beside.items()]
         cells = [result.name, result.precision, f"{middle * 1e3:.0f} ({low * 1e3:.0f} to {high * 1e3:.0f})"]
-        cells += [f"{tokens_per_step / middle:,.0f}", "<br>".join(pairs), shown(against(result, top)) if top else ""]
+        cells += [f"{tokens_per_step / middle:,.0f}", "<br>".join(pairs), shown(top) if top else ""]
         if memory:
             cells.append(f"{peak[result.name] / 1e6:.0f}" if result.name in peak else "")
         lines.append("| " + " | ".join(cells) + " |")
+    if groups := max(result.group for result in results):
+        lines += ["", f"Raced in {groups + 1} groups, which memory holds one at a time: a ratio is within its group."]
     if memory:
         before = max(size for found in memory for size in found.before)
         lines += ["", f"Of the memory up to {before / 1e6:.0f} MB were there before a case was made."]
@@ -270,19 +284,16 @@ def write_record(
 ) -> Path:
     """Keep a run's figures beside the command that made them."""
     RECORDS.mkdir(exist_ok=True)
-    path, named = RECORDS / f"{name}.json", {result.name: result for result in results}
+    path = RECORDS / f"{name}.json"
+    compared = [_compared(result, results) for result in results]
     content = {
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
         "environment": environment(world),
         "tokens_per_step": tokens_per_step,
         "results": [
-            {
-                **asdict(result),
-                "beside_peers": {p: against(result, named[p]) for p in result.peers if p in named},
-                "of_ceiling": against(result, named[result.ceiling]) if result.ceiling in named else None,
-            }
-            for result in results
+            {**asdict(result), "beside_peers": beside, "of_ceiling": top}
+            for result, (beside, top) in zip(results, compared, strict=True)
         ],
         "memory": [asdict(peak) for peak in memory],
     }
