@@ -74,8 +74,9 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_bf16_is_close_and_its_loss_is_fp32() -> None:
-    h, w, targets = inputs(50, 16, 30)
+@pytest.mark.parametrize("tokens", [50, 32, 31])
+def test_bf16_is_close_and_its_loss_is_fp32(tokens: int) -> None:
+    h, w, targets = inputs(tokens, 16, 30)
     expected = torchs(h, w, targets)
     want = torch.autograd.grad(expected, (h, w))
     low_h, low_w = (t.detach().bfloat16().requires_grad_() for t in (h, w))
@@ -87,8 +88,10 @@ def test_bf16_is_close_and_its_loss_is_fp32() -> None:
         assert float((got.double() - exact).norm() / exact.norm()) < 0.02
 
 
-def test_many_chunks_lose_no_more_of_bf16_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    h, w, targets = inputs(400, 16, 30)
+@pytest.mark.parametrize("hidden", [16, 200])
+def test_many_chunks_lose_no_more_of_bf16_than_one(monkeypatch: pytest.MonkeyPatch, hidden: int) -> None:
+    """Their sum is made in fp32, and where there are few tokens in one product."""
+    h, w, targets = inputs(400, hidden, 30)
     (exact,) = torch.autograd.grad(torchs(h, w, targets), (w,))
     low_h, low_w = h.detach().bfloat16(), w.detach().bfloat16().requires_grad_()
     errors = []

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shardwright.layout.chunk import GRAIN
+from shardwright.optim import optimizers
 from shardwright.optim.optimizers import SGD, AdamW, make_optimizer
 from shardwright.optim.owned import OwnedTensor
 from shardwright.spec.train import TrainSpec
@@ -113,3 +115,23 @@ def test_each_owned_tensor_has_state_of_its_own() -> None:
 def test_parts(decayed: int, parts: list[tuple[int, int, bool]]) -> None:
     owned = OwnedTensor("unit", random(0), random(1), decayed)
     assert [(part.start, part.stop, decays) for part, decays in owned.parts()] == parts
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
+def test_windows_change_no_bit(monkeypatch: pytest.MonkeyPatch, kind: str, narrow: torch.dtype) -> None:
+    """What is updated piece by piece while it is in the caches is what one call would make, its narrow copy too."""
+    generator = torch.Generator().manual_seed(3)
+    start, gradients = torch.randn(1500, generator=generator), torch.randn(3, 1500, generator=generator).to(narrow)
+    found = []
+    for elements in (1 << 20, GRAIN):
+        monkeypatch.setattr(optimizers, "CACHED_ELEMENTS", elements)
+        owned = OwnedTensor("unit", start.clone(), torch.zeros(1500, dtype=narrow), 700)
+        assert elements > 1500 or len(owned.windows(elements)) > 20
+        optimizer, values = make_optimizer(spec(kind), [owned]), torch.zeros(1500, dtype=torch.bfloat16)
+        for gradient in gradients:
+            owned.gradient.copy_(gradient)
+            optimizer.update(owned, 0.1, 0.3, values)
+        assert torch.equal(values, owned.values.bfloat16()) and not torch.equal(owned.values, start)
+        found.append([owned.values, *optimizer.moments("unit")])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -8,7 +8,7 @@ gradient of the block's input.
 
 from __future__ import annotations
 
-from shardwright.cost.shapes import Shapes, chunk_tokens, summed
+from shardwright.cost.shapes import Shapes, chunk_tokens, keeps_logit_gradients, summed
 from shardwright.cost.tape import Tape
 
 
@@ -283,6 +283,8 @@ class HeadTape:
         t.take(s.whole)  # the gradient of the hidden states
         step = chunk_tokens(s.most_words, s.device)
         remaining, weight, wide_weight = s.tokens, 0, self.weight // s.element * s.wide
+        kept = s.tokens * s.words * s.element
+        kept *= keeps_logit_gradients(s.tokens, step, s.a.hidden, s.element, s.wide)
         while remaining > 0:
             tokens = min(step, remaining)
             remaining -= tokens
@@ -291,8 +293,10 @@ class HeadTape:
             if s.wide != s.element:
                 t.take(wide)
                 t.drop(narrow)
-                t.take(narrow)
+                t.take(narrow if not kept else kept if remaining + tokens == s.tokens else 0)
                 t.drop(wide)
+            if kept:
+                continue
             # In bf16 a second chunk's product is added in fp32.
             if s.wide != s.element and weight:
                 t.take(wide_weight if weight == self.weight else 0)
@@ -305,8 +309,11 @@ class HeadTape:
             t.drop(narrow)
         received = summed(s)
         t.open(received)
+        if kept:
+            t.take(self.weight)
+            t.drop(kept)
         t.close(received)
-        if weight != self.weight:
+        if not kept and weight != self.weight:
             t.take(self.weight)
             t.drop(weight)
         t.drop(t.activations - begin - self._kept)

@@ -17,6 +17,12 @@ def chunk_tokens(vocab: int, device_type: str) -> int:
     return max(64, _CHUNK_ELEMENTS.get(device_type, 1 << 27) // vocab)
 
 
+def keeps_logit_gradients(tokens: int, chunk: int, hidden: int, element: int, wide: int) -> bool:
+    """Whether the gradients of all chunks' logits are kept, for one product that makes the weight's gradient:
+    where that takes no more memory than a sum over chunks in a wider dtype; see nn/loss.py."""
+    return element < wide and tokens > chunk and tokens * element <= hidden * wide
+
+
 @dataclass(frozen=True)
 class Shapes:
     """What one rank of `tp` holds of one microbatch, in bytes. `positions` is the sequence's length."""

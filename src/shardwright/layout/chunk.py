@@ -15,6 +15,9 @@ GRAIN = 64
 UPDATE_ELEMENTS = 1 << 24
 """The most elements that are updated by one call where nothing streams: bounds the gradient in the masters' dtype."""
 
+CACHED_ELEMENTS = 1 << 18
+"""Of a CPU's thread: a window's gradient is cast and scaled, and its new values cast, while both are in the caches."""
+
 
 @dataclass(frozen=True)
 class Run:

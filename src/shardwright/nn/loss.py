@@ -4,6 +4,10 @@ The logits of a microbatch are its largest tensor (tokens x vocabulary) and are 
 logits become the loss, then their own gradient in place, then the gradients of the hidden states and of the weight,
 and are gone: three matrix products, as many as without chunks, and no logits kept for the backward. The backward has
 only to scale. (The idea is that of Liger's fused linear cross-entropy, Hsu et al. 2024.)
+
+In bf16 the weight's gradient would be a sum over chunks in fp32, with a cast for each of them. Where the tokens are no
+more than twice the hidden size, the gradients of all logits take less memory in bf16 than that sum does: they are kept
+to the end, and one product makes it.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardwright.cost.shapes import chunk_tokens
+from shardwright.cost.shapes import chunk_tokens, keeps_logit_gradients
 from shardwright.data.batch import IGNORED
 from shardwright.nn.product import matmul, matmul_into, product
 
@@ -21,26 +25,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:  # type: ignore[override]
         needs_hidden, needs_weight = (needs_grad and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Chunks are summed in at least fp32: in bf16 the sum would lose bits that one product keeps.
-        accumulate = torch.promote_types(weight.dtype, torch.float32)
-        grad_weight = None
-        total = torch.zeros((), dtype=accumulate, device=hidden.device)
+        total = torch.zeros((), dtype=torch.promote_types(weight.dtype, torch.float32), device=hidden.device)
         step = chunk_tokens(weight.shape[0], hidden.device.type)
+        grad_weight = WeightGradient(hidden, weight, step)
         for begin in range(0, len(hidden), step):
             h, t = hidden[begin : begin + step], targets[begin : begin + step]
             loss, grad_logits = _chunk_loss(product(h, weight), t, needs_hidden or needs_weight)
             total += loss
             if grad_logits is None:
                 continue
-            grad_logits = grad_logits.to(weight.dtype)
+            grad_logits = grad_weight.take(begin, grad_logits) if needs_weight else grad_logits.to(weight.dtype)
             if grad_hidden is not None:
                 matmul_into(grad_hidden[begin : begin + step], grad_logits, weight)
-            if needs_weight:
-                grad_weight = add_product(grad_weight, grad_logits.T, h)
             del grad_logits  # or it would be there beside the next chunk's
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight.total())
         return total
 
     @staticmethod
@@ -74,13 +72,40 @@ def softmax_(logits: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     return shares, largest - shares.amax(dim=1).log()
 
 
-def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """a b, added in at least fp32 to what there is; the memory of the sum is `total`'s."""
-    if total is None:
-        return matmul(a, b)
-    total = total.to(torch.promote_types(total.dtype, torch.float32))
-    matmul_into(total, a, b, add=True)
-    return total
+class WeightGradient:
+    """The gradient of the output's weight from the chunks of a microbatch: hidden states [N, hidden], chunks of `step`.
+
+    A sum over chunks is made in at least fp32: in bf16 it would lose bits that one product keeps.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, step: int) -> None:
+        self._hidden, self._weight = hidden, weight
+        self._wide = torch.promote_types(weight.dtype, torch.float32)
+        sizes = weight.element_size(), self._wide.itemsize
+        self._keeps = keeps_logit_gradients(len(hidden), step, hidden.shape[1], *sizes)
+        self._logits: Tensor | None = None
+        self._sum: Tensor | None = None
+
+    def take(self, begin: int, grad_logits: Tensor) -> Tensor:
+        """Count the gradient of a chunk's logits, from token `begin`; the same in the weight's dtype."""
+        weight, end = self._weight, begin + len(grad_logits)
+        if self._keeps:
+            if self._logits is None:
+                self._logits = weight.new_empty(len(self._hidden), len(weight))
+            return self._logits[begin:end].copy_(grad_logits)
+        narrow, h = grad_logits.to(weight.dtype), self._hidden[begin:end]
+        if self._sum is None:
+            self._sum = matmul(narrow.T, h)
+        else:
+            self._sum = self._sum.to(self._wide)
+            matmul_into(self._sum, narrow.T, h, add=True)
+        return narrow
+
+    def total(self) -> Tensor | None:
+        """The gradient in the weight's dtype; None where no chunk was taken."""
+        if self._logits is not None:
+            return matmul(self._logits.T, self._hidden)
+        return None if self._sum is None else self._sum.to(self._weight.dtype)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from shardwright.layout.chunk import UPDATE_ELEMENTS, Window
+from shardwright.layout.chunk import CACHED_ELEMENTS, UPDATE_ELEMENTS, Window
 from shardwright.optim.owned import Optimizer, OwnedTensor, Place, Rule
 from shardwright.spec.train import TrainSpec
 
@@ -55,15 +55,18 @@ class _Keeping:
         """See `Optimizer`."""
         raise NotImplementedError
 
-    def update(self, owned: OwnedTensor, lr: float, gradient_scale: float) -> None:
+    def update(self, owned: OwnedTensor, lr: float, gradient_scale: float, narrow_values: Tensor | None = None) -> None:
         """See `Optimizer`."""
         rule, moments = self.begin(owned.name, lr, gradient_scale), self.moments(owned.name)
-        for window in owned.windows(UPDATE_ELEMENTS):
+        cached = owned.values.device.type == "cpu"
+        for window in owned.windows(CACHED_ELEMENTS * torch.get_num_threads() if cached else UPDATE_ELEMENTS):
             inside = slice(window.begin, window.end)
             values, gradient = owned.values[inside], owned.gradient[inside]
             narrow = gradient.dtype != values.dtype
             gradient = rule.ready(gradient, torch.empty_like(values) if narrow else gradient)
             apply_window(self, values, gradient, [m[inside] for m in moments], rule, window)
+            if narrow_values is not None:
+                narrow_values[inside].copy_(values)
 
 
 @dataclass

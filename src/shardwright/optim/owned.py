@@ -102,7 +102,7 @@ class Optimizer(Protocol):
         of the values' dtype."""
         ...
 
-    def update(self, owned: OwnedTensor, lr: float, gradient_scale: float) -> None:
+    def update(self, owned: OwnedTensor, lr: float, gradient_scale: float, narrow_values: Tensor | None = None) -> None:
         """One step for one owned tensor where it lies, its gradient multiplied by `gradient_scale` first (and used
-        up)."""
+        up). `narrow_values`, of any dtype, get what the values are then."""
         ...

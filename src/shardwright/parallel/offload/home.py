@@ -126,9 +126,8 @@ class OnDevice:
     def update(self, shares: Sequence[Share], optimizer: Optimizer, lr: float, gradient_scale: float) -> None:
         """See `Home`."""
         for share in shares:
-            optimizer.update(share.owned_tensor(), lr, gradient_scale)
-            if share.masters is not share.owned_values:
-                share.owned_values.copy_(share.masters)
+            apart = share.masters is not share.owned_values
+            optimizer.update(share.owned_tensor(), lr, gradient_scale, share.owned_values if apart else None)
             share.arrives(DONE)
             share.publish()
 

@@ -22,7 +22,7 @@ from shardwright.data.batch import IGNORED
 from shardwright.layout.split import even_split
 from shardwright.nn.cache import Places
 from shardwright.nn.kernels import Kernels
-from shardwright.nn.loss import add_product, softmax_
+from shardwright.nn.loss import WeightGradient, softmax_
 from shardwright.nn.parameters import Declaration
 from shardwright.nn.product import matmul_into, product
 from shardwright.parallel.sink import GradientSink, sink_of
@@ -180,19 +180,20 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         accumulate = torch.promote_types(weight.dtype, torch.float32)
         total = torch.zeros((), dtype=accumulate, device=x.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = None
+        chunks: WeightGradient | None = WeightGradient(hidden, weight, chunk)
         for first in range(0, len(hidden), chunk):
             h, t = hidden[first : first + chunk], targets[first : first + chunk]
             loss, grad_logits = _chunk_loss(h, weight, t, begin, region, kernels, needs_grad)
             total += loss
             if grad_hidden is not None and grad_logits is not None:
-                grad_logits = grad_logits.to(weight.dtype)
+                grad_logits = chunks.take(first, grad_logits)
                 matmul_into(grad_hidden[first : first + chunk], grad_logits, weight)
-                grad_weight = add_product(grad_weight, grad_logits.T, h)
             del grad_logits  # or it would be there beside the next chunk's
-        if grad_hidden is not None and grad_weight is not None:
-            mine = region.scatter_sum(grad_hidden.view_as(whole), "tensor/output/backward")
-            ctx.save_for_backward(mine, grad_weight.to(weight.dtype))
+        if grad_hidden is not None:
+            mine, handle = region.start_scatter_sum(grad_hidden.view_as(whole), "tensor/output/backward")
+            weights, chunks = chunks.total(), None  # meanwhile
+            handle.wait()
+            ctx.save_for_backward(mine, weights)
         return total if region.axis.index == 0 else torch.zeros_like(total)
 
     @staticmethod
