@@ -135,6 +135,13 @@ def test_hardware(recipe: str, planned) -> None:
     assert "does not compute bf16" in planned(recipe, "train.dtype=bf16", "--hardware", "V100-16GB")
 
 
+def test_a_device_without_a_name(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["shardwright", "plan", recipe, "--hardware", ""])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2 and '--hardware: no device is named ""' in capsys.readouterr().err
+
+
 def test_what_does_not_fit_comes_with_changes(recipe: str, planned) -> None:
     large = ("model.layers=400", "parallel.dp=8", "parallel.zero=0", "train.micro_batch_size=1")
     printed = planned(recipe, *large, "--hardware", "V100-16GB", "train.sequence_length=1024")

@@ -114,6 +114,7 @@ def test_what_is_there_is_kept_and_the_table_is_printed(document: tuple[Path, di
         (("--only", "zeppelin"), '--only: no technique is named "zeppelin"'),
         (("--world", "99"), "--world: 99 ranks on one machine"),
         (("--bytes", "many"), "--bytes"),
+        (("--hardware", ""), '--hardware: no device is named ""'),
         (("--hardware", "abacus"), '--hardware: no device is named "abacus"'),
         (("--world", "2", "--only", "3d"), "--world: no technique can be had on 2 ranks"),
         (("--run-dir", "tiny.toml"), "--run-dir: tiny.toml cannot be written"),
@@ -121,3 +122,12 @@ def test_what_is_there_is_kept_and_the_table_is_printed(document: tuple[Path, di
 )
 def test_bad_input_gets_one_clear_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     assert f"error: {message}" in compared(tmp_path, *arguments, rc=2).stderr
+
+
+def test_torchrun_is_told_once_that_compare_starts_its_own(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [*torchrun, "shardwright", "compare", "tiny.toml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and not (tmp_path / "runs").exists()
+    assert done.stderr.count("starts the ranks of each row itself, and torchrun has started 2") == 1

@@ -41,10 +41,17 @@ def compare(
     \b
     Example: shardwright compare recipes/quickstart.toml --world 4 --only zero --only data
     """
+    from shardwright.comm.job import found_job
     from shardwright.compare.run import Asked, show
     from shardwright.compare.run import compare as run
+    from shardwright.errors import RunError
     from shardwright.units import parse_bytes
 
+    if place := found_job():
+        from shardwright.comm.worker import refuse
+
+        problem = f"compare: it starts the ranks of each row itself, and {place.source} has started {place.world_size}"
+        refuse(place, RunError(problem, "call it without, on one machine"))
     usable = parse_bytes(size, "--bytes") if size is not None else None
     asked = Asked(recipe, tuple(overrides or ()), world, tuple(only or ()), steps, hardware, usable, run_dir, again)
     raise typer.Exit(show(run(asked), as_json))

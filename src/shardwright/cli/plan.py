@@ -64,7 +64,7 @@ def _show(
     from shardwright.plan.fit import fit
     from shardwright.spec.load import load
 
-    spec, hardware = load(recipe, overrides), hardware_named(name) if name else None
+    spec, hardware = load(recipe, overrides), None if name is None else hardware_named(name)
     if hardware:
         spec = spec.model_copy(update={"run": spec.run.model_copy(update={"device": "cuda"})})
         ranks_per_node = ranks_per_node or hardware.gpus_per_node

@@ -108,8 +108,13 @@ def all_reduce(tensor: Tensor, axis: Axis, *, reason: str) -> Handle:
     return _sum(tensor, axis, call)
 
 
+def sums_in_place(axis: Axis) -> bool:
+    """Whether an all-reduce holds no memory beside its tensor until it has been waited for."""
+    return axis.transport is Transport.NATIVE or axis.degree != 2
+
+
 def _sum(tensor: Tensor, axis: Axis, call: Call) -> Handle:
-    if axis.transport is not Transport.NATIVE and axis.degree == 2:
+    if not sums_in_place(axis):
         return _swap_and_add(tensor, axis, call)
     return pending(call, dist.all_reduce(tensor, group=axis.group, async_op=True))
 

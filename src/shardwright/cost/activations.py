@@ -230,39 +230,43 @@ class LayerTape:
 
 
 class EmbeddingTape:
-    """Token ids to hidden states; what is kept are indices."""
+    """Token ids to hidden states; what is kept are indices. `tied`: the head of this rank has the same weight, and
+    autograd sums what both bring."""
 
-    def __init__(self, s: Shapes) -> None:
+    def __init__(self, s: Shapes, *, tied: bool) -> None:
         self.s = s
         # Without learned positions the layers' first input is a view of the sum over ranks, and keeps all of it.
         self._view = 0 if s.a.positions == "learned" else s.whole - s.hidden
+        self._by_rows = s.device == "cpu" and not tied
 
     def forward(self, t: Tape) -> None:
-        """The rows of this rank's words, then with zeros for the others', and their sum over ranks."""
+        """The rows of this rank's words, and their sum over ranks."""
         s = self.s
         t.take(s.whole)
-        t.take(s.whole)
-        t.drop(s.whole)
-        if s.tp > 1:
-            t.take(s.whole)
-            t.drop(s.whole)
-            received = summed(s)
-            t.open(received)
-            t.close(received)
+        received = summed(s)
+        t.open(received)
+        t.close(received)
         if s.a.positions == "learned":
             t.take(s.hidden)
             t.drop(s.whole)
 
     def backward(self, t: Tape) -> None:
-        """The gradients of all words, in the dtype of compute; the output's gradient is gone at the end."""
-        s, words = self.s, self.s.words * self.s.a.hidden * self.s.element
+        """The gradients of all words, in the dtype of compute, or of those that occurred; the output's gradient is gone
+        at the end."""
+        s, hidden = self.s, self.s.a.hidden
         t.drop(self._view)
         gathered = s.whole if s.shards_positions else 0
         t.take(gathered)
-        t.take(s.whole)
-        t.drop(s.hidden)
-        t.take(words)
-        t.drop(words + s.whole + gathered)
+        if self._by_rows:
+            tokens = s.tokens // s.tp  # that have this rank's words
+            t.take(tokens * hidden * s.element if s.tp > 1 else 0)
+            t.brief((tokens + min(tokens, s.words)) * hidden * s.wide if s.wide != s.element else 0)
+            t.drop(tokens * hidden * s.element if s.tp > 1 else 0)
+        else:
+            t.take(s.whole if s.tp > 1 else 0)
+            t.brief(s.words * hidden * s.element)
+            t.drop(s.whole if s.tp > 1 else 0)
+        t.drop(s.hidden + gathered)
 
 
 class HeadTape:

@@ -70,11 +70,13 @@ class StageTape:
 
 @dataclass(frozen=True)
 class _Unit:
-    """A unit whose reduction is under way: the block that it belongs to, by stage and place, and its padded length."""
+    """A unit whose reduction is under way: the block that it belongs to, by stage and place, its padded length, and
+    whether it is the step's last of this unit, after which the copies are summed."""
 
     stage: int
     block: int
     length: int
+    last: bool
 
 
 _Step = tuple[Kind, int, bool]
@@ -91,6 +93,7 @@ class _Done:
     peak_activations: float
     peak: float
     in_flight: tuple[_Unit, ...]
+    summing: int
 
 
 @dataclass
@@ -106,9 +109,15 @@ class Replay:
     placement: tuple[int, ...]
     transfers: bool = True
     tape: Tape = field(default_factory=Tape)
-    _done: dict[tuple[_Step, tuple[_Unit, ...]], _Done] = field(default_factory=dict)
+    _done: dict[tuple[_Step, tuple[_Unit, ...], int], _Done] = field(default_factory=dict)
     _in_flight: list[_Unit] = field(default_factory=list)
+    _summing: int = 0
+    """Length of the unit whose reduction has ended last, while its sum over the copies is under way."""
     _sends: dict[int, deque[int]] = field(default_factory=dict)
+
+    @property
+    def _under_way(self) -> tuple[tuple[_Unit, ...], int]:
+        return tuple(self._in_flight), self._summing
 
     def run(self, actions: Sequence[Action]) -> Tape:
         """All actions of a step."""
@@ -125,13 +134,13 @@ class Replay:
             self._perform(steps[index])
             index += 1
         while self._in_flight:
-            self._finish(self.tape, self._in_flight.pop(0), last=True)
+            self._finish(self.tape, self._in_flight.pop(0))
         return self.tape
 
     def _repeated(self, steps: Sequence[_Step], index: int, seen: dict[Hashable, int]) -> int:
         """How many steps repeat what was done since the last moment at which as much lived: they change no peak."""
         sends = tuple((key, tuple(sizes)) for key, sizes in self._sends.items())
-        state = (steps[index], self.tape.activations, self.tape.transfers, tuple(self._in_flight), sends)
+        state = (steps[index], self.tape.activations, self.tape.transfers, self._under_way, sends)
         before = seen.get(state)
         seen[state] = index
         if before is None:
@@ -159,7 +168,7 @@ class Replay:
         if not step[0].computes:
             self._transfer(step)
             return
-        key = (step, tuple(self._in_flight))
+        key = (step, *self._under_way)
         if key not in self._done:
             self._done[key] = self._worked_out(step)
         done, t = self._done[key], self.tape
@@ -170,7 +179,7 @@ class Replay:
         t.activations += done.activations
         t.transfers += done.transfers
         t.drop(goes)
-        self._in_flight = list(done.in_flight)
+        self._in_flight, self._summing = list(done.in_flight), done.summing
 
     def _implied(self, step: _Step) -> tuple[int, int]:
         """Bytes that an action takes from another rank, and that it gives to one."""
@@ -190,7 +199,7 @@ class Replay:
             self._weight(t, number, last=flag)
         else:
             self._backward(t, number, last=flag, defers=kind is Kind.INPUT)
-        return _Done(t.activations, t.transfers, t.peak_activations, t.peak, tuple(self._in_flight))
+        return _Done(t.activations, t.transfers, t.peak_activations, t.peak, *self._under_way)
 
     def _whole(self, stage: StageTape, index: int) -> int:
         """Bytes of a block's parameters while they are whole, where they go between uses."""
@@ -244,7 +253,7 @@ class Replay:
         """A block's gradients get whole buffers, where they have none, when their last reduction has ended."""
         for unit in [u for u in self._in_flight if (u.stage, u.block) == (number, index)]:
             self._in_flight.remove(unit)
-            self._finish(t, unit, last=False)
+            t.close(self._scattered(unit))
         if self.zero.per_microbatch:
             t.open(sum(self.zero.gradient(length) for length in self.stages[number].blocks[index].units))
 
@@ -254,19 +263,23 @@ class Replay:
         if not (last or (zero.shards_gradients and zero.per_microbatch)):
             return
         for length in self.stages[number].blocks[index].units:
-            if zero.owners == 1:  # there is nothing to scatter, and the sum over the copies begins at once
-                t.open(zero.summed(length))
-                continue
             if len(self._in_flight) >= _IN_FLIGHT:
-                self._finish(t, self._in_flight.pop(0), last)
-            t.open(zero.received(length))
-            self._in_flight.append(_Unit(number, index, length))
+                self._finish(t, self._in_flight.pop(0))
+            # With one owner there is nothing to scatter, and the sum over the copies begins at once.
+            t.open(zero.summed(length) if zero.owners == 1 else zero.received(length))
+            self._in_flight.append(_Unit(number, index, length, last))
 
-    def _finish(self, t: Tape, unit: _Unit, last: bool) -> None:
-        zero, length = self.zero, unit.length
-        t.close(zero.received(length) + zero.gradient(length))
-        if last:
-            t.open(zero.summed(length))
+    def _finish(self, t: Tape, unit: _Unit) -> None:
+        """The sum over the copies goes on until the next reduction ends."""
+        t.close(self._scattered(unit))
+        if unit.last and self.zero.owners > 1:
+            t.open(self.zero.summed(unit.length))
+        t.close(self.zero.summed(self._summing))
+        self._summing = unit.length if unit.last else 0
+
+    def _scattered(self, unit: _Unit) -> int:
+        """Bytes that a reduction holds until it ends."""
+        return self.zero.received(unit.length) + self.zero.gradient(unit.length)
 
 
 def _steps(actions: Sequence[Action]) -> list[_Step]:

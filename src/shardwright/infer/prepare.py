@@ -28,9 +28,11 @@ _GENERATION = "generation_config.json"
 _STOPPING = "1 s"  # a rank that is asked to stop has nothing to save
 _UNREAD = (
     *("data.", "train.", "memory.", "checkpoint."),
-    *("parallel.pipeline_schedule", "parallel.zero_pipeline", "run.max_restarts"),
+    *("parallel.pipeline_schedule", "parallel.zero_pipeline", "run.max_restarts", "run.trackers"),
 )
 _READ = ("data.separator", "train.dtype")
+_OF_MODEL = ("max_positions", "rope_theta", "rope_scaling", "norm_eps")
+"""What may be told anew of a model whose weights are there: nothing that changes their shapes or their meaning."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,13 @@ def spec_of(source: str, overrides: Sequence[str]) -> Spec:
 
 
 def _check_is_read(override: str) -> None:
-    """Raises RunError for a field of training, which would change nothing here."""
+    """Raises RunError for a field of training, which would change nothing here, or of another model."""
     name = "".join(override.partition("=")[0].split())
+    if f"{name}.".startswith("model.") and name.removeprefix("model.").partition(".")[0] not in _OF_MODEL:
+        raise RunError(
+            f"{name}: the model is the one that lies there",
+            f"leave it out: of [model], {FIELD} reads {', '.join(_OF_MODEL)}",
+        )
     if f"{name}.".startswith(_UNREAD) and name not in _READ:
         raise RunError(
             f"{name}: only training reads it",

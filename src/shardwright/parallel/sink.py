@@ -21,10 +21,11 @@ Write = Callable[[Tensor, bool], None]
 
 
 class GradientSink:
-    """Takes the gradient of one parameter from the module that computes it."""
+    """Takes the gradient of one parameter from the module that computes it. `shared`: other modules have the parameter
+    too, and autograd brings their part."""
 
-    def __init__(self, deliver: Callable[[Write], None]) -> None:
-        self._deliver = deliver
+    def __init__(self, deliver: Callable[[Write], None], shared: bool = False) -> None:
+        self._deliver, self.shared = deliver, shared
         self._uses = 0
         self._counting = False
         self._reused = False
@@ -50,6 +51,27 @@ class GradientSink:
 
         def write(view: Tensor, add: bool) -> None:
             matmul_into(view, a, b, add=add)
+
+        self._deliver(write)
+        return True
+
+    def rows(self, indices: Tensor, gradients: Tensor) -> bool:
+        """Take gradients [n, ...] of rows of the parameter, indices int64 [n], which may repeat; False where autograd
+        has to. The gradient of the others is zero."""
+        if self._reused:
+            return False
+
+        def write(view: Tensor, add: bool) -> None:
+            if not add:
+                view.zero_()
+            wide = torch.promote_types(view.dtype, torch.float32)
+            if wide == view.dtype:
+                view.index_add_(0, indices, gradients.to(wide))
+                return
+            # A row that comes often would lose bits of every sum: each is added once.
+            own, places = indices.unique(return_inverse=True)
+            sums = gradients.new_zeros(len(own), *gradients.shape[1:], dtype=wide)
+            view.index_add_(0, own, sums.index_add_(0, places, gradients.to(wide)).to(view.dtype))
 
         self._deliver(write)
         return True
@@ -85,6 +107,10 @@ def defers(module: nn.Module) -> bool:
     return getattr(module, "delivers_product", False)
 
 
-def fills_sinks(module: nn.Module) -> bool:
-    """Whether a module gives its gradients to sinks at all."""
-    return defers(module) or getattr(module, "delivers_gradient", False)
+def fills_sinks(module: nn.Module, holders: int) -> bool:
+    """Whether a module gives the gradient of its parameter, which so many modules have, to a sink."""
+    return (
+        defers(module)
+        or getattr(module, "delivers_gradient", False)
+        or (holders == 1 and getattr(module, "delivers_rows", False))
+    )

@@ -112,7 +112,11 @@ def _replay(plan: Plan, units: RankUnits, zero: Zero, pp: int, tp: int) -> Repla
     last = len(plan.layers_per_stage) - 1
     stages = {}
     for stage, blocks in units.by_stage.items():
-        tapes = [EmbeddingTape(s)] * (stage == 0) + _layers(plan, s, stage) + [HeadTape(s)] * (stage == last)
+        tapes = (
+            [EmbeddingTape(s, tied=units.tied is not None)] * (stage == 0)
+            + _layers(plan, s, stage)
+            + [HeadTape(s)] * (stage == last)
+        )
         own = tuple(
             Block(tape, tuple(unit.length for unit in units)) for tape, units in zip(tapes, blocks, strict=True)
         )

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from shardwright.comm.collectives import DONE, Handle, all_gather, all_reduce, reduce_scatter, share
 from shardwright.comm.mesh import Axis
-from shardwright.nn.function import Function
 
 
 @dataclass(frozen=True)
@@ -75,18 +74,3 @@ class Region:
         mine, handle = self.start_scatter_sum(x, reason)
         handle.wait()
         return mine
-
-    def enter(self, x: Tensor, reason: str) -> Tensor:
-        """`scatter_sum` as autograd sees it: the gradient is gathered."""
-        return _Enter.of(x, self, reason)
-
-
-class _Enter(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, region: Region, reason: str) -> Tensor:  # type: ignore[override]
-        ctx.region, ctx.reason = region, reason
-        return region.scatter_sum(x.clone() if region.axis.degree > 1 else x, reason)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return ctx.region.gather(grad, f"{ctx.reason}/backward"), None, None

@@ -21,6 +21,7 @@ from shardwright.cost.shapes import chunk_tokens
 from shardwright.data.batch import IGNORED
 from shardwright.layout.split import even_split
 from shardwright.nn.cache import Places
+from shardwright.nn.function import Function
 from shardwright.nn.kernels import Kernels
 from shardwright.nn.loss import WeightGradient, softmax_
 from shardwright.nn.parameters import Declaration
@@ -38,6 +39,8 @@ def pad_positions(x_TB: Tensor, region: Region, value: int) -> Tensor:
 class VocabularyEmbedding(nn.Module):
     """A rank's words, from `begin`, of a token embedding: int64 [T, B] to [positions between products, B, hidden]."""
 
+    delivers_rows = True
+
     def __init__(self, weight: nn.Parameter, begin: int, declaration: Declaration, region: Region) -> None:
         super().__init__()
         self.weight, self.begin = weight, begin
@@ -45,10 +48,45 @@ class VocabularyEmbedding(nn.Module):
 
     def forward(self, tokens_TB: Tensor) -> Tensor:
         """Look up the words that this rank has, and sum."""
-        own = pad_positions(tokens_TB, self.region, 0) - self.begin
-        absent = (own < 0) | (own >= len(self.weight))
-        x = F.embedding(own.masked_fill(absent, 0), self.weight)
-        return self.region.enter(x.masked_fill(absent.unsqueeze(-1), 0), "tensor/embedding")
+        rows = pad_positions(tokens_TB, self.region, 0) - self.begin
+        absent = None
+        if self.region.axis.degree > 1:
+            absent = (rows < 0) | (rows >= len(self.weight))
+            rows = rows.masked_fill(absent, 0)
+        # On GPUs rows are added in any order, and a run would not be repeated to the bit.
+        sink = sink_of(self.weight) if self.weight.device.type == "cpu" else None
+        return _Lookup.of(self.weight, rows, absent, self.region, None if sink is None or sink.shared else sink)
+
+
+class _Lookup(Function):
+    """Rows of a weight, zeros where a rank has none, summed over ranks."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, weight: Tensor, rows: Tensor, absent: Tensor | None, region: Region, sink: GradientSink | None
+    ) -> Tensor:
+        ctx.save_for_backward(rows, absent)
+        ctx.words, ctx.region, ctx.sink = len(weight), region, sink
+        if sink is not None and ctx.needs_input_grad[0]:
+            sink.use()
+        x = F.embedding(rows, weight)
+        if absent is not None:
+            x.masked_fill_(absent.unsqueeze(-1), 0)
+        return region.scatter_sum(x, "tensor/embedding")
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        rows, absent = ctx.saved_tensors
+        whole = ctx.region.gather(grad, "tensor/embedding/backward")
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        if ctx.sink is not None:
+            present = slice(None) if absent is None else ~absent
+            if ctx.sink.rows(rows[present].flatten(), whole[present].reshape(-1, whole.shape[-1])):
+                return None, None, None, None, None
+        if absent is not None:
+            whole = whole.masked_fill(absent.unsqueeze(-1), 0)
+        return torch.ops.aten.embedding_dense_backward(whole, rows, ctx.words, -1, False), None, None, None, None
 
 
 class PositionsOfRank(nn.Module):

@@ -113,14 +113,15 @@ class States:
     def _make_sinks(self, modules: Sequence[nn.Module]) -> dict[int, list[GradientSink]]:
         """A sink for every parameter that one module of this rank alone fills; by stage. Where others have the
         parameter too, as a tied embedding, autograd brings their part, and says when all has arrived."""
-        holders = Counter(p for m in modules for _, p in m.named_parameters(recurse=False))
-        filling = Counter(p for m in modules if fills_sinks(m) for _, p in m.named_parameters(recurse=False))
+        holding = [(m, p) for m in modules for _, p in m.named_parameters(recurse=False)]
+        holders = Counter(p for _, p in holding)
+        filling = Counter(p for m, p in holding if fills_sinks(m, holders[p]))
         sinks: dict[Unit, list[GradientSink]] = {}
         for unit in self.units:
             for slot, parameter in enumerate(unit.parameters):
                 if filling[parameter] == 1:
                     shared = holders[parameter] > 1
-                    sink = GradientSink(partial(self._arrive_in_part if shared else self.arrive, unit, slot))
+                    sink = GradientSink(partial(self._arrive_in_part if shared else self.arrive, unit, slot), shared)
                     sinks.setdefault(unit, []).append(sink)
                     parameter.gradient_sink = sink  # type: ignore[attr-defined]
         return {stage: [s for unit in used for s in sinks.get(unit, [])] for stage, used in self._of_stage.items()}
@@ -227,6 +228,7 @@ class States:
         """End the oldest reduction under way. What it begins, the sum over the copies, goes on until the next ends."""
         unit.finish_scatter()
         for earlier in self._leaving:
+            earlier.bound_memory()
             self.home.take(earlier)
         self._leaving = [unit] if unit.is_reduced and unit.twin is None else []
 

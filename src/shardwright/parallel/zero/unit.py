@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from shardwright.comm.collectives import DONE, Handle, all_gather, all_reduce, reduce_scatter, share
+from shardwright.comm.collectives import DONE, Handle, all_gather, all_reduce, reduce_scatter, share, sums_in_place
 from shardwright.comm.line import exchange_sum
 from shardwright.layout.box import Piece, cut
 from shardwright.layout.chunk import UPDATE_ELEMENTS
@@ -241,6 +241,11 @@ class Unit:
         """Wait for the sum over the copies: the owned gradient is complete, but for a twin's."""
         self._summing.wait()
         self._summing = DONE
+
+    def bound_memory(self) -> None:
+        """Wait for the sum over the copies where what arrives takes memory of its own."""
+        if not sums_in_place(self.data.copies):
+            self.finish_sum()
 
     def finish_reduction(self) -> None:
         """Return with the owned gradient complete and no transfer under way that an update could disturb."""
