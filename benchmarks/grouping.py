@@ -12,8 +12,8 @@ def takes(cases: Sequence[Case], memory: Sequence[Peak]) -> dict[str, int]:
     """Bytes that each case adds to the processes of all ranks. A ceiling was not measured: it keeps what the case does
     whose ceiling it is."""
     measured = {found.name: sum(found.peak) - sum(found.before) for found in memory}
-    tops = {case.ceiling: max(measured[case.name], measured.get(case.ceiling, 0)) for case in cases if case.ceiling}
-    return {case.name: measured.get(case.name, tops.get(case.name, 0)) for case in cases}
+    of = {case.name: [measured[other.name] for other in cases if other.ceiling == case.name] for case in cases}
+    return {case.name: measured.get(case.name, max(of[case.name], default=0)) for case in cases}
 
 
 def grouped(cases: Sequence[Case], sizes: Mapping[str, int], room: Bytes | None) -> list[list[Case]]:

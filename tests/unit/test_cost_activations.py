@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 
+from shardwright.cost import activations
 from shardwright.cost.activations import EmbeddingTape, HeadTape, LayerTape
 from shardwright.cost.shapes import Shapes
 from shardwright.cost.tape import Tape
@@ -60,11 +61,13 @@ def test_weights_take_what_a_deferring_backward_left(family: str, setting: str) 
         assert tape.activations == s.hidden
 
 
+@pytest.mark.parametrize("chunk", [5, 1000])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_ends_of_a_model_leave_nothing(family: str) -> None:
-    for tp, sharded, dtype in product((1, 2), (True, False), ("fp32", "bf16")):
-        s = shapes(family, tp=tp, sequence_parallel=sharded, dtype=dtype)
-        tape, embedding, head = Tape(), EmbeddingTape(s, tied=False), HeadTape(s)
+def test_the_ends_of_a_model_leave_nothing(monkeypatch: pytest.MonkeyPatch, family: str, chunk: int) -> None:
+    monkeypatch.setattr(activations, "chunk_tokens", lambda _vocab, _device: chunk)
+    for tp, sharded, dtype, sequences in product((1, 2), (True, False), ("fp32", "bf16"), (2, 4)):
+        s = shapes(family, tp=tp, sequence_parallel=sharded, dtype=dtype, sequences=sequences)
+        tape, embedding, head = Tape(), EmbeddingTape(s, tied=tp == 1), HeadTape(s)
         embedding.forward(tape)
         begin = tape.activations
         tape.take(s.hidden)

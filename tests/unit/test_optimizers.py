@@ -124,6 +124,7 @@ def test_windows_change_no_bit(monkeypatch: pytest.MonkeyPatch, kind: str, narro
     generator = torch.Generator().manual_seed(3)
     start, gradients = torch.randn(1500, generator=generator), torch.randn(3, 1500, generator=generator).to(narrow)
     found = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for elements in (1 << 20, GRAIN):
         monkeypatch.setattr(optimizers, "CACHED_ELEMENTS", elements)
         owned = OwnedTensor("unit", start.clone(), torch.zeros(1500, dtype=narrow), 700)

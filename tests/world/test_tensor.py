@@ -12,10 +12,12 @@ import torch
 from layouts import GPT2, LLAMA, QWEN, QWEN2, STEPS, Fault, compared, plan_of
 from pool import Place, Pool
 
+from shardwright.cost.shapes import keeps_logit_gradients
 from shardwright.errors import LayoutError
 from shardwright.optim.optimizers import make_optimizer
 from shardwright.parallel.compose import Runtime, compose
 from shardwright.parallel.tensor import linear, vocabulary
+from shardwright.parallel.tensor.region import Region
 from shardwright.parallel.tensor.rules import Colwise, Rule
 from shardwright.parallel.zero import unit as units
 from shardwright.plan.memory import estimated_memory
@@ -202,6 +204,30 @@ def test_the_vocabulary_is_divided(pool: Pool) -> None:
     plan = plan_of(LLAMA | {"kv_heads": 4}, {"dp": 1, "tp": 4, "zero": 0})
     sizes = pool.run(4, built, plan)
     assert [size // 24 for size in sizes] == [127 + 1, 127 + 1, 127 + 1, 128 + 1]  # and the final norm
+
+
+def output_gradients(place: Place, plan: Plan, tokens: int) -> float:
+    """In a rank: the error of the output's gradients in bf16, relative, on this rank's words."""
+    axis = place.mesh(plan.topology).tp
+    generator = torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(n, 24, generator=generator, dtype=torch.float64) for n in (tokens, 30))
+    targets, own = torch.randint(30, (tokens, 1), generator=generator), slice(15 * axis.index, 15 * axis.index + 15)
+    exact = [t.clone().requires_grad_() for t in (x, weight)]
+    torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets.flatten(), reduction="sum").backward()
+    low = [t.bfloat16().requires_grad_() for t in (x.unsqueeze(1), weight[own])]
+    arguments = (targets.flatten(), own.start, Region(axis, False), vocabulary.LossKernels(), 5, None, True)
+    vocabulary._VocabularyCrossEntropy.apply(*low, *arguments).backward()  # pyright: ignore[reportOptionalMemberAccess]
+    expected = exact[0].grad.unsqueeze(1), exact[1].grad[own]  # pyright: ignore[reportOptionalMemberAccess, reportOptionalSubscript]
+    pairs = zip(low, expected, strict=True)
+    return max(float((got.grad.double() - e).norm() / e.norm()) for got, e in pairs)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize("tokens", [48, 49], ids=["kept", "summed"])
+def test_the_outputs_gradients_in_bf16(pool: Pool, tokens: int) -> None:
+    """Of few tokens the gradients of all logits are kept for one product; of more, chunks are summed in fp32."""
+    assert keeps_logit_gradients(tokens, 5, 24, 2, 4) == (tokens == 48)
+    plan = plan_of(LLAMA | {"kv_heads": 4}, {"dp": 1, "tp": 2, "zero": 0})
+    assert max(pool.run(2, output_gradients, plan, tokens)) < 0.02
 
 
 def own_model(place: Place, plan: Plan, folder: Path, divided: bool) -> None:

@@ -10,13 +10,16 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+from layouts import LLAMA, plan_of
 from pool import Place, Pool, tiny_plan
 from torch import Tensor
 
+from shardwright.comm.collectives import DONE
 from shardwright.data.dataset import Dataset
 from shardwright.data.samples import RandomSamples
 from shardwright.optim.optimizers import make_optimizer
 from shardwright.parallel.compose import compose
+from shardwright.parallel.zero.unit import Unit
 from shardwright.plan.memory import estimated_memory
 from shardwright.plan.plan import Plan
 from shardwright.record.records import MemoryRecord
@@ -192,6 +195,31 @@ def test_the_loop_records_the_first_steps_ledger(pool: Pool, zero: int, num_micr
     expected = seed_table(zero, 2, "bf16") * plan.architecture.num_parameters
     for memory in pool.run(plan.world_size, run, plan):
         assert memory.total == expected
+
+
+def most_sums(place: Place, plan: Plan) -> int:
+    """In a rank: of how many units the sum over the copies was under way at once."""
+    runtime = compose(plan, place.mesh(plan.topology))
+    optimizer = make_optimizer(plan.spec.train, runtime.states.owned_tensors())
+    samples, found = RandomSamples(plan.architecture.vocab, plan.sequence_length, 3), [0]
+    begun = Unit.finish_scatter
+
+    def watched(unit: Unit) -> None:
+        begun(unit)
+        found.append(sum(own._summing is not DONE for own in runtime.states.units))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Unit, "finish_scatter", watched)
+        train_step(runtime, optimizer, rank_batch(runtime, samples, 0), 1e-3)
+    return max(found)
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_few_sums_over_two_copies_hold_what_arrives(pool: Pool, pp: int) -> None:
+    """Also of a tied matrix that two ranks have: it waits for its twin, and not with the buffer."""
+    parallel = {"dp": 2, "dp_shard": 1, "zero": 0, "pp": pp}
+    plan = plan_of(LLAMA | {"layers": 7 * pp, "tied_embeddings": True}, parallel)
+    assert pool.run(plan.world_size, most_sums, plan) == [3] * plan.world_size
 
 
 # What moves for it

@@ -258,10 +258,11 @@ class EmbeddingTape:
         gathered = s.whole if s.shards_positions else 0
         t.take(gathered)
         if self._by_rows:
-            tokens = s.tokens // s.tp  # that have this rank's words
-            t.take(tokens * hidden * s.element if s.tp > 1 else 0)
-            t.brief((tokens + min(tokens, s.words)) * hidden * s.wide if s.wide != s.element else 0)
-            t.drop(tokens * hidden * s.element if s.tp > 1 else 0)
+            # All tokens may have this rank's words; those that occurred are at most as many as there are.
+            t.take(s.whole if s.tp > 1 else 0)
+            t.brief(s.tokens * hidden * s.wide if s.wide != s.element else 0)
+            t.brief((s.tokens + min(s.tokens, s.words)) * hidden * s.wide if s.grad_dtype == "bf16" else 0)
+            t.drop(s.whole if s.tp > 1 else 0)
         else:
             t.take(s.whole if s.tp > 1 else 0)
             t.brief(s.words * hidden * s.element)
@@ -304,8 +305,8 @@ class HeadTape:
             # In bf16 a second chunk's product is added in fp32.
             if s.wide != s.element and weight:
                 t.take(wide_weight if weight == self.weight else 0)
-                t.brief(self.weight)
                 t.drop(self.weight if weight == self.weight else 0)
+                t.brief(self.weight)
                 weight = wide_weight
             elif not weight:
                 t.take(self.weight)
@@ -313,13 +314,10 @@ class HeadTape:
             t.drop(narrow)
         received = summed(s)
         t.open(received)
-        if kept:
+        if kept or weight != self.weight:
             t.take(self.weight)
-            t.drop(kept)
+            t.drop(kept or weight)
         t.close(received)
-        if not kept and weight != self.weight:
-            t.take(self.weight)
-            t.drop(weight)
         t.drop(t.activations - begin - self._kept)
 
     def backward(self, t: Tape, *, keeps_input: bool = False) -> None:

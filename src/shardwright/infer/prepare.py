@@ -32,7 +32,7 @@ _UNREAD = (
 )
 _READ = ("data.separator", "train.dtype")
 _OF_MODEL = ("max_positions", "rope_theta", "rope_scaling", "norm_eps")
-"""What may be told anew of a model whose weights are there: nothing that changes their shapes or their meaning."""
+"""What may be told anew of a model whose weights are there: how its positions and norms compute."""
 
 
 @dataclass(frozen=True)

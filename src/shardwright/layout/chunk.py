@@ -13,7 +13,8 @@ GRAIN = 64
 """Elements: a multiple of every vector register's and cache line's number of them."""
 
 UPDATE_ELEMENTS = 1 << 24
-"""The most elements that are updated by one call where nothing streams: bounds the gradient in the masters' dtype."""
+"""The most elements that are updated by one call on a GPU where nothing streams: bounds the gradient in the masters'
+dtype."""
 
 CACHED_ELEMENTS = 1 << 18
 """Of a CPU's thread: a window's gradient is cast and scaled, and its new values cast, while both are in the caches."""

@@ -34,9 +34,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += loss
             if grad_logits is None:
                 continue
-            grad_logits = grad_weight.take(begin, grad_logits) if needs_weight else grad_logits.to(weight.dtype)
+            grad_logits = grad_weight.narrow(begin, grad_logits) if needs_weight else grad_logits.to(weight.dtype)
             if grad_hidden is not None:
                 matmul_into(grad_hidden[begin : begin + step], grad_logits, weight)
+            if needs_weight:
+                grad_weight.add(begin, grad_logits)
             del grad_logits  # or it would be there beside the next chunk's
         ctx.save_for_backward(grad_hidden, grad_weight.total())
         return total
@@ -86,20 +88,24 @@ class WeightGradient:
         self._logits: Tensor | None = None
         self._sum: Tensor | None = None
 
-    def take(self, begin: int, grad_logits: Tensor) -> Tensor:
-        """Count the gradient of a chunk's logits, from token `begin`; the same in the weight's dtype."""
-        weight, end = self._weight, begin + len(grad_logits)
+    def narrow(self, begin: int, grad_logits: Tensor) -> Tensor:
+        """The gradient of a chunk's logits, from token `begin`, in the weight's dtype; to be given to `add`."""
+        if not self._keeps:
+            return grad_logits.to(self._weight.dtype)
+        if self._logits is None:
+            self._logits = self._weight.new_empty(len(self._hidden), len(self._weight))
+        return self._logits[begin : begin + len(grad_logits)].copy_(grad_logits)
+
+    def add(self, begin: int, narrow: Tensor) -> None:
+        """Count a chunk. The wider gradient that it was made of is better gone by now."""
         if self._keeps:
-            if self._logits is None:
-                self._logits = weight.new_empty(len(self._hidden), len(weight))
-            return self._logits[begin:end].copy_(grad_logits)
-        narrow, h = grad_logits.to(weight.dtype), self._hidden[begin:end]
+            return
+        a, b = narrow.T, self._hidden[begin : begin + len(narrow)]
         if self._sum is None:
-            self._sum = matmul(narrow.T, h)
+            self._sum = matmul(a, b)
         else:
             self._sum = self._sum.to(self._wide)
-            matmul_into(self._sum, narrow.T, h, add=True)
-        return narrow
+            matmul_into(self._sum, a, b, add=True)
 
     def total(self) -> Tensor | None:
         """The gradient in the weight's dtype; None where no chunk was taken."""

@@ -9,7 +9,7 @@ from shardwright.cost.activations import EmbeddingTape, HeadTape, LayerTape
 from shardwright.cost.memory import BYTES, held_parameters, state_memory, streamed_bytes
 from shardwright.cost.shapes import Shapes
 from shardwright.cost.step import Block, Replay, StageTape, Zero
-from shardwright.layout.chunk import UPDATE_ELEMENTS, slot_elements
+from shardwright.layout.chunk import CACHED_ELEMENTS, UPDATE_ELEMENTS, slot_elements
 from shardwright.plan.pipeline import computing_schedule_of, placement_of, schedule_of
 from shardwright.plan.plan import Plan
 from shardwright.plan.units import RankUnits, recompute_settings, representative, shapes_of, units_of
@@ -59,7 +59,8 @@ def _estimated(plan: Plan, pp: int, tp: int) -> MemoryRecord:
     tape = _replay(plan, units, zero, pp, tp).tape
     cast = 0
     if plan.spec.memory.offload == "none" and BYTES[plan.grad_dtype] < max(BYTES[plan.dtype], 4):
-        cast = min(UPDATE_ELEMENTS, max(lengths) // owners) * 4
+        most = CACHED_ELEMENTS if plan.device == "cpu" else UPDATE_ELEMENTS
+        cast = min(most, max(lengths) // owners) * 4
     resting = replace(resting, offload=Bytes(slots))
     moving = 0 if zero.per_microbatch else resting.communication
     return replace(

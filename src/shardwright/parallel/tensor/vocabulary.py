@@ -67,7 +67,7 @@ class _Lookup(Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, absent)
         ctx.words, ctx.region, ctx.sink = len(weight), region, sink
-        if sink is not None and ctx.needs_input_grad[0]:
+        if sink is not None:
             sink.use()
         x = F.embedding(rows, weight)
         if absent is not None:
@@ -78,8 +78,6 @@ class _Lookup(Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         rows, absent = ctx.saved_tensors
         whole = ctx.region.gather(grad, "tensor/embedding/backward")
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
         if ctx.sink is not None:
             present = slice(None) if absent is None else ~absent
             if ctx.sink.rows(rows[present].flatten(), whole[present].reshape(-1, whole.shape[-1])):
@@ -224,8 +222,9 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
             loss, grad_logits = _chunk_loss(h, weight, t, begin, region, kernels, needs_grad)
             total += loss
             if grad_hidden is not None and grad_logits is not None:
-                grad_logits = chunks.take(first, grad_logits)
+                grad_logits = chunks.narrow(first, grad_logits)
                 matmul_into(grad_hidden[first : first + chunk], grad_logits, weight)
+                chunks.add(first, grad_logits)
             del grad_logits  # or it would be there beside the next chunk's
         if grad_hidden is not None:
             mine, handle = region.start_scatter_sum(grad_hidden.view_as(whole), "tensor/output/backward")

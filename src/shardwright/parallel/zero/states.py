@@ -229,8 +229,9 @@ class States:
         unit.finish_scatter()
         for earlier in self._leaving:
             earlier.bound_memory()
-            self.home.take(earlier)
-        self._leaving = [unit] if unit.is_reduced and unit.twin is None else []
+            if earlier.twin is None:
+                self.home.take(earlier)
+        self._leaving = [unit] if unit.is_reduced else []
 
     # The step
 
