@@ -35,7 +35,8 @@ PAIRS = [
     ("pp", "1f1b, 5 + 3|1f1b, 7 + 5", "torch 1f1b, 4 + 4|torch 1f1b, 6 + 6"),
     ("pp", "1f1b, 5 + 3|1f1b, 7 + 5", "torch 1f1b, 4 + 4, masters|torch 1f1b, 6 + 6, masters"),
     ("pp", "zb-h1, 5 + 3|zb-h1, 7 + 5", "torch 1f1b, 4 + 4|torch 1f1b, 6 + 6"),
-    ("3d", "2 x 2 x 2, zero = 1", "FSDP2 + parallelize_module + Schedule1F1B"),
+    ("pp", "zb-h1, 5 + 3|zb-h1, 7 + 5", "torch 1f1b, 4 + 4, masters|torch 1f1b, 6 + 6, masters"),
+    *(("3d", f"2 x 2 x 2, zero = {zero}", "FSDP2 + parallelize_module + Schedule1F1B") for zero in (1, 3)),
 ]
 """Race, our case, its peer; `|` where their names differ from setting to setting."""
 
