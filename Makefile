@@ -1,7 +1,7 @@
 # make train   from nothing to a trained model: an environment in .venv, the install, then the quick start
 # make test    every test
 # make check   lint, format, types and the import direction
-# make bench   race the peers, DeepSpeed too, and bring docs/performance.md up to date: an hour or two
+# make bench   race the peers, DeepSpeed too, and bring docs/performance.md up to date: two hours or more
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer) of a new environment.
 
 PYTHON ?= python3
