@@ -64,6 +64,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.all_as_batch and arguments.record:
         parser.error("--all-as-batch: records are of peers as their users start them; leave one of the two out")
+    for name in ("rounds", "steps"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name}: {getattr(arguments, name)} is not at least 1")
     if not deepspeed.available():
         print("DeepSpeed is not installed and takes no part: pip install 'shardwright[bench]'", file=sys.stderr)
     settings = [Setting(model, dtype) for model in arguments.model for dtype in arguments.dtype]

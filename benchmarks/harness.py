@@ -161,14 +161,20 @@ def _rank(rank: int, world: int, store: str, cases: Sequence[Case], rounds: int,
     _leave()
 
 
+def _spawn(rank: Callable[..., None], world: int, *arguments: object) -> None:
+    """Run a function in fresh processes, each given its rank first. Raises SystemExit where one ended early."""
+    try:
+        mp.spawn(rank, (world, *arguments), nprocs=world)  # type: ignore[no-untyped-call]
+    except mp.ProcessExitedException as ended:  # one that was not killed has told why
+        killed = f"error: rank {ended.error_index} was killed by {ended.signal_name}"
+        raise SystemExit(killed if ended.signal_name else ended.exit_code) from None
+
+
 def race(cases: Sequence[Case], *, world: int, rounds: int, steps: int, group: int = 0) -> list[Result]:
     """Time every case in turn, `rounds` times, `steps` steps each time, on `world` processes of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/results.json"
-        try:
-            mp.spawn(_rank, (world, f"{folder}/store", list(cases), rounds, steps, out), nprocs=world)  # type: ignore[no-untyped-call]
-        except mp.ProcessExitedException as ended:  # it has told why
-            raise SystemExit(ended.exit_code) from None
+        _spawn(_rank, world, f"{folder}/store", list(cases), rounds, steps, out)
         found = json.loads(Path(out).read_text())
         return [Result(**row | {"peers": tuple(row["peers"]), "group": group}) for row in found]
 
@@ -195,7 +201,7 @@ def peaks(cases: Sequence[Case], *, world: int, steps: int = 2) -> list[Peak]:
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             out = f"{folder}/peak"
-            mp.spawn(_peak_rank, (world, f"{folder}/store", case, steps, out), nprocs=world)  # type: ignore[no-untyped-call]
+            _spawn(_peak_rank, world, f"{folder}/store", case, steps, out)
             rows = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(world)]
             found.append(Peak(case.name, [before for before, _ in rows], [peak for _, peak in rows]))
     return found
